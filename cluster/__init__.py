@@ -1,0 +1,1 @@
+"""Hardware: where replicas run and who supervises them. Imports `pipeline`, never `jobs`."""

@@ -1,0 +1,1 @@
+"""What people want and when: specs, the command line, reports. Imports `cluster` and `pipeline`."""

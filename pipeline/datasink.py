@@ -1,0 +1,76 @@
+"""The Ray Data sink: one committed part per block, a block being a whole shard.
+
+Only moves what `generate` built to where `parts` commits it; when some rows of a part are done again it lays them over
+the part that is there. Invariant: running it twice for one shard leaves one part, equivalent to running it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+from ray.data.block import Block, BlockAccessor
+from ray.data.datasource.datasink import Datasink
+
+from pipeline.counters import RunCounters
+from pipeline.generate import detach_counters
+from pipeline.parts import commit_part, encode_part, read_footer, read_part
+from pipeline.recount import kept_counters
+from pipeline.shards import Plan
+from pipeline.storage import Store
+
+
+class PartSink(Datasink[None]):
+    """Commits each shard as it arrives."""
+
+    def __init__(self, store: Store, plan_ref: Any, *, fingerprint: str, retried_statuses: Sequence[str] | None) -> None:
+        super().__init__()
+        self._store = store
+        self._plan_ref = plan_ref
+        self._fingerprint = fingerprint
+        self._retried_statuses = retried_statuses
+        """None when whole shards are written; else only rows of these statuses were done again."""
+
+    def get_name(self) -> str:
+        """Name of the operator in Ray's logs."""
+        return "Parts"
+
+    def write(self, blocks: Iterable[Block], ctx: Any) -> None:
+        """Commit every block that has rows; a shard that draining dropped has none."""
+        for block in blocks:
+            table = BlockAccessor.for_block(block).to_arrow()
+            if table.num_rows:
+                self._commit(table)
+
+    def _commit(self, table: pa.Table) -> None:
+        rows, shard, blob = detach_counters(table)
+        name = _plan(self._plan_ref).shard(shard).part_name
+        counters = RunCounters.from_json_bytes(blob)
+        if self._retried_statuses is not None:
+            rows, counters = overlay(self._store, name, rows, counters, self._retried_statuses)
+        commit_part(self._store, name, encode_part(rows, counters.to_json_bytes(), {"fingerprint": self._fingerprint}))
+
+
+def overlay(
+    store: Store, part_name: str, rows: pa.Table, counters: RunCounters, retried_statuses: Sequence[str]
+) -> tuple[pa.Table, RunCounters]:
+    """Put rows that were done again in the place of their old versions, in row and sample order."""
+    import pyarrow.compute as pc
+
+    old = read_part(store, part_name)
+    footer = RunCounters.from_json_bytes(read_footer(store, part_name).counters)
+    again = pc.is_in(old.column("input_row"), value_set=rows.column("input_row").combine_chunks())
+    kept = old.filter(pc.invert(again))
+    merged = pa.concat_tables([kept.cast(rows.schema), rows]).unify_dictionaries()
+    merged = merged.sort_by([("input_row", "ascending"), ("sample_index", "ascending")])
+    return merged, kept_counters(footer, kept, retried_statuses=retried_statuses).merge(counters)
+
+
+@lru_cache(maxsize=4)
+def _plan(plan_ref: Any) -> Plan:
+    import ray
+
+    plan: Plan = ray.get(plan_ref)
+    return plan

@@ -1,0 +1,230 @@
+"""Which rows go to which replica next, and what happens to rows whose attempt failed. Pure: no Ray, no clock, no I/O.
+
+Rows go in microbatches to the least loaded live replica, as long as its window has room; the window counts unfinished
+rows, never shards, so a shard's slow last row costs nobody anything.
+
+Finding a row that kills its engine. A replica that dies takes up to a window of rows along, any of which may be the
+killer. All of them become suspects and run again in groups, one group at a time on a replica that runs nothing else.
+With `a` attempts left, groups hold k^((a-1)/a) of k suspects, so the last attempt is a row all alone: 1,024 rows and
+three attempts are at most 32 groups of 32 and then 32 single rows. A row that dies alone is the killer.
+
+Guarantees:
+- every row added comes out exactly once, finished or failed, however replicas come and go.
+- no row is charged with more than `max_attempts` attempts. A death in company isn't charged to a row that has only
+  one attempt left; that row runs alone next, so it is sent at most once more than it is charged.
+- with `max_attempts` of 2 or more, a row fails as `engine_crash` or `engine_hang` only when it was alone on its replica.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+MICROBATCH = 32
+SMALL_MICROBATCH = 8
+
+RowKey = TypeVar("RowKey", bound=Hashable)
+
+
+@dataclass(slots=True)
+class PendingRow(Generic[RowKey]):
+    """A row that is waiting or in flight."""
+
+    key: RowKey
+    attempts: int = 0
+    """Attempts begun and ended badly."""
+    avoid: str | None = None
+    """Replica that failed it last; another is preferred."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment(Generic[RowKey]):
+    """Send these rows to this replica now."""
+
+    replica: str
+    keys: tuple[RowKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp(Generic[RowKey]):
+    """This row has failed for good."""
+
+    key: RowKey
+    kind: str
+    attempts: int
+
+
+@dataclass(slots=True)
+class _Replica(Generic[RowKey]):
+    window: int
+    in_flight: dict[RowKey, PendingRow[RowKey]] = field(default_factory=dict)
+    reserved: bool = False
+    """Takes suspects only: it is being emptied for a group, or runs one."""
+    running_group: bool = False
+
+
+class DispatchBoard(Generic[RowKey]):
+    """All rows between arrival and outcome, and all live replicas."""
+
+    def __init__(self, *, max_attempts: int) -> None:
+        self._max_attempts = max_attempts
+        self._fresh: deque[PendingRow[RowKey]] = deque()
+        self._again: deque[PendingRow[RowKey]] = deque()
+        self._suspects: deque[list[PendingRow[RowKey]]] = deque()
+        self._replicas: dict[str, _Replica[RowKey]] = {}
+
+    @property
+    def num_unfinished(self) -> int:
+        """Rows added that have no outcome yet."""
+        waiting = len(self._fresh) + len(self._again) + sum(map(len, self._suspects))
+        return waiting + sum(len(replica.in_flight) for replica in self._replicas.values())
+
+    def num_in_flight(self, replica: str) -> int:
+        """Rows that are with this replica."""
+        return len(self._replicas[replica].in_flight) if replica in self._replicas else 0
+
+    def live_replicas(self) -> tuple[str, ...]:
+        """Replicas that can be given work."""
+        return tuple(self._replicas)
+
+    def add_rows(self, keys: Iterable[RowKey]) -> None:
+        """Queue fresh rows, in order."""
+        self._fresh.extend(PendingRow(key) for key in keys)
+
+    def discard(self, keys: Iterable[RowKey]) -> None:
+        """Forget rows that wait; those in flight stay until their replica answers."""
+        gone = set(keys)
+        self._fresh = deque(row for row in self._fresh if row.key not in gone)
+        self._again = deque(row for row in self._again if row.key not in gone)
+        groups = ([row for row in group if row.key not in gone] for group in self._suspects)
+        self._suspects = deque(group for group in groups if group)
+
+    def replica_up(self, replica: str, *, window: int) -> None:
+        """A replica can take up to `window` unfinished rows."""
+        self._replicas[replica] = _Replica(window=max(1, window))
+
+    def finished(self, replica: str, key: RowKey) -> int | None:
+        """A row came back good; returns which attempt it was, or None for a late answer about a row that moved on."""
+        row = self._take(replica, key)
+        return None if row is None else row.attempts + 1
+
+    def request_failed(self, replica: str, key: RowKey, kind: str) -> GaveUp[RowKey] | None:
+        """One request failed in an engine that lives on: try the row elsewhere, or give up."""
+        row = self._take(replica, key)
+        if row is None:
+            return None
+        row.attempts += 1
+        row.avoid = replica
+        if row.attempts >= self._max_attempts:
+            return GaveUp(key, kind, row.attempts)
+        self._again.append(row)
+        return None
+
+    def replica_down(self, replica: str, kind: str, *, rows_to_blame: bool = True) -> list[GaveUp[RowKey]]:
+        """A replica is gone with everything in flight on it; returns the rows that thereby failed for good.
+
+        `rows_to_blame=False` says that the cause lay elsewhere (a lost node, a planned removal): no attempt is counted.
+        """
+        gone = self._replicas.pop(replica, None)
+        if gone is None:
+            return []
+        rows = list(gone.in_flight.values())
+        if not rows_to_blame:
+            self._again.extend(rows)
+            return []
+        return self._suspect(rows, kind, alone=gone.running_group and len(rows) == 1)
+
+    def next_assignment(self) -> Assignment[RowKey] | None:
+        """Return what to send next, or None when nothing can be sent now. Call again until it returns None."""
+        return self._next_group() or self._next_microbatch()
+
+    def _take(self, replica: str, key: RowKey) -> PendingRow[RowKey] | None:
+        state = self._replicas.get(replica)
+        row = state.in_flight.pop(key, None) if state else None
+        if state and not state.in_flight and state.running_group:
+            state.reserved = state.running_group = False
+        return row
+
+    def _suspect(self, rows: list[PendingRow[RowKey]], kind: str, *, alone: bool) -> list[GaveUp[RowKey]]:
+        given_up, groups = [], []
+        for row in rows:
+            # A row with one attempt left keeps it for a run alone, where a death is its own doing.
+            if alone or self._max_attempts == 1 or row.attempts < self._max_attempts - 1:
+                row.attempts += 1
+            if row.attempts >= self._max_attempts:
+                given_up.append(GaveUp(row.key, kind, row.attempts))
+            else:
+                groups.append(row)
+        for attempts in sorted({row.attempts for row in groups}):
+            same = [row for row in groups if row.attempts == attempts]
+            size = suspect_group_size(len(same), attempts_left=self._max_attempts - attempts)
+            self._suspects.extend(same[start : start + size] for start in range(0, len(same), size))
+        return given_up
+
+    def _next_group(self) -> Assignment[RowKey] | None:
+        if not self._suspects:
+            for state in self._replicas.values():
+                if state.reserved and not state.running_group:
+                    state.reserved = False
+            return None
+        self._reserve()
+        for name, state in self._replicas.items():
+            if state.reserved and not state.in_flight:
+                group = self._suspects.popleft()
+                state.running_group = True
+                return self._send(name, group)
+        return None
+
+    def _reserve(self) -> None:
+        """Keep up to half of the replicas (at least one) for suspects, the emptiest first."""
+        waiting = sum(state.reserved and not state.running_group for state in self._replicas.values())
+        reserved = sum(state.reserved for state in self._replicas.values())
+        allowed = max(1, len(self._replicas) // 2)
+        free = sorted((s for s in self._replicas.values() if not s.reserved), key=lambda s: len(s.in_flight))
+        wanted = min(allowed - reserved, len(self._suspects) - waiting)
+        for state in free[: max(0, wanted)]:
+            state.reserved = True
+
+    def _next_microbatch(self) -> Assignment[RowKey] | None:
+        if not self._fresh and not self._again:
+            return None
+        candidates = sorted(
+            (len(state.in_flight) / state.window, name) for name, state in self._replicas.items() if not state.reserved
+        )
+        for _, name in candidates:
+            state = self._replicas[name]
+            room = state.window - len(state.in_flight)
+            waiting = len(self._fresh) + len(self._again)
+            # Topping up row by row would cost a call each; an engine with a full window loses nothing by waiting.
+            if room >= min(SMALL_MICROBATCH, waiting, state.window):
+                rows = self._choose(name, min(room, MICROBATCH))
+                if rows:
+                    return self._send(name, rows)
+        return None
+
+    def _choose(self, replica: str, count: int) -> list[PendingRow[RowKey]]:
+        others = any(name != replica and not state.reserved for name, state in self._replicas.items())
+        rows: list[PendingRow[RowKey]] = []
+        for _ in range(len(self._again)):
+            row = self._again.popleft()
+            if len(rows) == count or (others and row.avoid == replica):
+                self._again.append(row)
+            else:
+                rows.append(row)
+        while self._fresh and len(rows) < count:
+            rows.append(self._fresh.popleft())
+        return rows
+
+    def _send(self, replica: str, rows: list[PendingRow[RowKey]]) -> Assignment[RowKey]:
+        self._replicas[replica].in_flight.update((row.key, row) for row in rows)
+        return Assignment(replica, tuple(row.key for row in rows))
+
+
+def suspect_group_size(num_suspects: int, *, attempts_left: int) -> int:
+    """Rows per group so that the last of `attempts_left` attempts is a row alone, with the fewest runs in the worst case."""
+    if attempts_left <= 1:
+        return 1
+    return max(1, math.ceil(num_suspects ** ((attempts_left - 1) / attempts_left)))

@@ -1,0 +1,124 @@
+"""What an inference engine is to the pipeline: requests in, finished completions out, one step at a time.
+
+The replica owns an engine from a single thread. Nothing here imports vLLM; `vllm_engine` implements this protocol for
+production and the scripted engine under `tests/` implements it for fault tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.settings import SamplingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class MoeShape:
+    """Layers that route, experts per layer, and experts chosen per token and layer."""
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine turned out to be once loaded."""
+
+    max_num_seqs: int
+    max_model_len: int
+    moe: MoeShape | None
+    """None for a dense model, or when the engine doesn't capture routing."""
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One row on its way to an engine."""
+
+    request_id: str
+    """Unique among the unfinished requests of one engine."""
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingSettings
+    seed: int | None
+    """Seed of sample 0; sample i uses seed + i."""
+    priority: int = 0
+    """Lower runs first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds, measured by the engine: waiting, arrival to first token, arrival to last token."""
+
+    queue_s: float
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One generated sample."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: str
+    """`stop` or `length`."""
+    stop_reason: str | None
+    cumulative_logprob: float | None
+    routed_experts: NDArray[np.integer] | None
+    """[prompt + generated - 1, layers, top_k] expert ids, first choice first; None when not captured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request: all of its samples, in index order."""
+
+    request_id: str
+    samples: tuple[Sample, ...]
+    num_cached_tokens: int
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that the engine gave up on; the engine itself goes on."""
+
+    request_id: str
+    kind: str
+    message: str
+
+
+class Engine(Protocol):
+    """Synchronous engine, driven by one thread.
+
+    Guarantees:
+    - `add` raises RequestError for a request it refuses, and the engine is as before.
+    - every accepted request comes out of `step` exactly once, unless aborted.
+    - an exception out of `step` means that the engine is dead.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Queue one request."""
+        ...
+
+    def step(self) -> Sequence[Completion | Failure]:
+        """Advance all running requests and return those that finished."""
+        ...
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Forget these requests; unknown ids are ignored."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and memory."""
+        ...

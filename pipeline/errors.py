@@ -1,0 +1,110 @@
+"""Every exception of the program, in one tree that says what happens next.
+
+    TramontaneError
+    |-- RowError               this row is `failed`; its neighbours go on; never retried within a run
+    |-- AttemptError           one attempt at some rows ended badly; dispatch retries them
+    |   |-- RequestError         the engine refused or failed one request
+    |   |-- ReplicaDied          the replica's process or node is gone, with all that was in flight on it
+    |   `-- ReplicaHung          no progress for the allowed time; the replica is killed
+    |-- RoutingInvalid         one sample's expert ids are impossible: nulled and counted; its text stands
+    `-- RunError               the run stops; `exit_code` says how
+        |-- SpecError            2  bad spec, input or settings; nothing ran
+        |-- TooManyFailures      1  more failed rows than allowed; what was committed stays
+        |-- InfrastructureError  3  safe to rerun
+        `-- Interrupted        130  safe to rerun
+
+Exceptions cross process boundaries: every constructor argument reaches `super().__init__`, so pickling keeps them.
+"""
+
+from __future__ import annotations
+
+# Kinds of row errors that say nothing about the row itself: another attempt in another run may well succeed.
+RETRYABLE_KINDS = frozenset({"engine_crash", "engine_hang", "request_error", "request_timeout"})
+
+
+class TramontaneError(Exception):
+    """Root of everything this program raises on purpose."""
+
+
+class RowError(TramontaneError):
+    """One row cannot be processed, and trying again would not help.
+
+    `kind` is a stable identifier written to the `error.kind` column; `stage` is the operator that refused the row.
+    """
+
+    def __init__(self, kind: str, message: str, stage: str) -> None:
+        super().__init__(kind, message, stage)
+        self.kind = kind
+        self.message = message
+        self.stage = stage
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.kind}: {self.message}"
+
+
+class AttemptError(TramontaneError):
+    """One attempt ended badly; the rows it carried may be tried again."""
+
+    kind = "request_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class RequestError(AttemptError):
+    """The engine refused or failed one request; others in the same engine are unharmed."""
+
+
+class ReplicaDied(AttemptError):
+    """The replica's process is gone and took everything in flight with it."""
+
+    kind = "engine_crash"
+
+
+class ReplicaHung(AttemptError):
+    """The replica answered nothing new for the allowed time."""
+
+    kind = "engine_hang"
+
+
+class RoutingInvalid(TramontaneError):
+    """The engine reported expert ids that no router can have chosen; the sample is good, its routing is not."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class RunError(TramontaneError):
+    """The run stops. `exit_code` is what the process exits with."""
+
+    exit_code = 3
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class SpecError(RunError):
+    """The spec, its input or its settings are wrong; nothing ran and nothing was spent."""
+
+    exit_code = 2
+
+
+class TooManyFailures(RunError):
+    """More rows failed than `limits.max_failed_fraction` allows; committed parts stay."""
+
+    exit_code = 1
+
+
+class InfrastructureError(RunError):
+    """Something under the run failed; rerunning the same command is safe."""
+
+    exit_code = 3
+
+
+class Interrupted(RunError):
+    """A person or a scheduler asked the run to stop; rerunning the same command is safe."""
+
+    exit_code = 130

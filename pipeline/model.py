@@ -1,0 +1,194 @@
+"""Finds a model's files: made on the spot, local, in object storage, or on the Hugging Face hub.
+
+Knows a model only by its files: JSON config, tokenizer, safetensors. Never runs code from a model's repository and
+never loads pickled weights. Imports no ML library, so that validation and planning stay quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.engine import MoeShape
+from pipeline.errors import InfrastructureError, SpecError
+from pipeline.settings import ModelSettings
+from pipeline.storage import filesystem, split_url
+
+# Files worth fetching. Pickled weights (*.bin, *.pt, *.pth) are not among them.
+WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*")
+TINY = "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine's disk."""
+
+    source: str
+    """As the spec names it."""
+    path: str
+    """Directory the engine loads."""
+    revision: str | None
+    """Commit of a hub repository; None elsewhere."""
+    architecture: str
+    moe: MoeShape | None
+    """None for a dense model."""
+    digest: str
+    """Covers config, tokenizer, template, and the names and sizes of the weight files: what decides the results."""
+
+    def describe(self) -> dict[str, Any]:
+        """The `model` entry of `summary.json`."""
+        moe = self.moe
+        return {
+            "source": self.source,
+            "path": self.path,
+            "revision": self.revision,
+            "architecture": self.architecture,
+            "layers": moe.num_layers if moe else None,
+            "experts": moe.num_experts if moe else None,
+            "top_k": moe.top_k if moe else None,
+            "digest": self.digest,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for the run's own files."""
+        return asdict(self)
+
+
+def cache_directory() -> Path:
+    """Where fetched and made models live: $TRAMONTANE_CACHE, else ~/.cache/tramontane."""
+    return Path(os.environ.get("TRAMONTANE_CACHE") or Path.home() / ".cache" / "tramontane") / "models"
+
+
+def fetch_model(settings: ModelSettings) -> ModelFiles:
+    """Return the model's files on this machine, making or downloading what isn't there yet.
+
+    Raises:
+        SpecError: the source doesn't exist, has no config or no safetensors, or needs remote code.
+    """
+    source = settings.source
+    if source == TINY:
+        from pipeline.tiny_mixtral import ensure_tiny_mixtral
+
+        return inspect_model(source, ensure_tiny_mixtral(cache_directory()), None)
+    scheme, _ = split_url(source)
+    if scheme != "file":
+        return inspect_model(source, _download(source), None)
+    local = Path(split_url(source)[1]).expanduser()
+    if local.is_dir():
+        return inspect_model(source, local.resolve(), None)
+    return _from_hub(source, settings.revision)
+
+
+def inspect_model(source: str, path: Path, revision: str | None) -> ModelFiles:
+    """Read what a model directory says of itself.
+
+    Raises:
+        SpecError: not a model directory, pickled weights only, or code of its own.
+    """
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise SpecError(f"model.source {source!r}: {path} holds no config.json; give a directory of a Hugging Face model")
+    config = json.loads(config_file.read_text())
+    if "auto_map" in config:
+        raise SpecError(
+            f"model.source {source!r} wants to run code of its own (auto_map in config.json), which is never done; "
+            "use a model that transformers and vLLM implement themselves"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise SpecError(f"model.source {source!r}: no *.safetensors in {path}; convert the weights, pickled ones are refused")
+    return ModelFiles(
+        source=source,
+        path=str(path),
+        revision=revision,
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        moe=moe_shape(config),
+        digest=_digest(path),
+    )
+
+
+def moe_shape(config: dict[str, Any]) -> MoeShape | None:
+    """Read layers, experts and top-k out of a Hugging Face config; None for a dense model.
+
+    The field names are those of Mixtral, Qwen-MoE, DeepSeek, OLMoE, Phi-MoE, DBRX and gpt-oss configs. Layers that
+    the config declares dense (DeepSeek's first ones) are still counted: vLLM returns a row for each layer.
+    """
+    text = {**config, **config.get("text_config", {}), **config.get("ffn_config", {})}
+    experts = _first(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    top_k = _first(text, "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk")
+    layers = _first(text, "num_hidden_layers", "n_layers")
+    if not experts or experts < 2 or not top_k or not layers:
+        return None
+    return MoeShape(num_layers=layers, num_experts=experts, top_k=top_k)
+
+
+def _first(config: dict[str, Any], *names: str) -> int | None:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix == ".safetensors":
+            digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+        elif file.suffix in (".json", ".jinja", ".model"):
+            digest.update(f"{file.name}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _download(url: str) -> Path:
+    """Mirror the wanted files of an object-store directory into the cache, once per content listing."""
+    import fnmatch
+
+    fs = filesystem(url)
+    root = split_url(url)[1].rstrip("/")
+    try:
+        listing = [entry for entry in fs.ls(root, detail=True) if entry["type"] == "file"]
+    except FileNotFoundError:
+        raise SpecError(f"model.source {url!r} does not exist") from None
+    wanted = {
+        entry["name"].rsplit("/", 1)[-1]: entry
+        for entry in listing
+        if any(fnmatch.fnmatch(entry["name"].rsplit("/", 1)[-1], pattern) for pattern in WANTED_FILES)
+    }
+    if not wanted:
+        raise SpecError(f"model.source {url!r} holds none of {', '.join(WANTED_FILES)}")
+    key = json.dumps([url, [(n, e["size"], str(e.get("ETag") or e.get("etag"))) for n, e in sorted(wanted.items())]])
+    target = cache_directory() / f"url-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    target.mkdir(parents=True, exist_ok=True)
+    for name, entry in wanted.items():
+        file = target / name
+        if not file.exists() or file.stat().st_size != entry["size"]:
+            temporary = target / f".{name}.{os.getpid()}.tmp"
+            fs.get_file(entry["name"], str(temporary))
+            temporary.replace(file)
+    return target
+
+
+def _from_hub(source: str, revision: str | None) -> ModelFiles:
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise SpecError(
+            f"model.source {source!r} is no directory on this machine; give `tiny`, a directory, an s3:// (gs://, "
+            "abfs://) URL or a Hugging Face id such as mistralai/Mixtral-8x7B-Instruct-v0.1"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=list(WANTED_FILES)))
+    except LocalEntryNotFoundError as error:
+        raise InfrastructureError(
+            f"model.source {source!r} is neither a local directory nor cached, and the Hugging Face hub can't be reached "
+            f"({type(error).__name__}); check the name, or copy the model to a directory and give its path"
+        ) from error
+    except (RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SpecError(f"model.source {source!r}: {error}") from error
+    return inspect_model(source, path, path.name)

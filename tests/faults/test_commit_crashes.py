@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import random
+import threading
+import uuid
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.counters import RunCounters, merge_all
+from tests.faults.crash_points import FINISHED, run_and_die
+from tests.faults.mini_run import expected_rows, expected_totals
+
+NUM_SEEDS = 25
+DEADLINE_S = 60
+PRELOADED = ["pytest", "s3fs", "aiobotocore.session", "tests.faults.mini_run", "tests.faults.crash_points"]
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Children that start in 20 ms, since their imports are done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+@pytest.fixture(params=["local", "s3"])
+def new_root(request: pytest.FixtureRequest) -> Callable[[], str]:
+    if request.param == "local":
+        folder = request.getfixturevalue("tmp_path")
+        return lambda: str(folder / uuid.uuid4().hex)
+    bucket = request.getfixturevalue("s3_bucket")
+    return lambda: f"s3://{bucket}/{uuid.uuid4().hex}"
+
+
+class Reader:
+    """Someone else who reads `data/` all the while, with plain pyarrow."""
+
+    def __init__(self, root: str) -> None:
+        self.reads = 0
+        self.problems: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, args=(root,))
+
+    def __enter__(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _poll(self, root: str) -> None:
+        while not self._stop.wait(0.003):
+            try:
+                for data in visible_files(root).values():
+                    pq.read_table(io.BytesIO(data))
+                    self.reads += 1
+            except Exception as error:  # any at all: also a part that was listed and then is not there
+                self.problems.append(repr(error))
+
+
+def visible_files(root: str) -> dict[str, bytes]:
+    """What a user's glob `data/*` finds: everything that isn't hidden."""
+    if root.startswith("s3://"):
+        fs = fsspec.filesystem("s3", use_listings_cache=False)
+        fs.invalidate_cache()
+        found = fs.find(f"{root}/data")
+        try:
+            return {path: fs.cat_file(path) for path in found}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{found}") from error
+    folder = os.path.join(root, "data")
+    names = [name for name in os.listdir(folder) if not name.startswith(".")] if os.path.isdir(folder) else []
+    files = {}
+    for name in names:
+        with open(os.path.join(folder, name), "rb") as file:
+            files[name] = file.read()
+    return files
+
+
+def check_output(root: str) -> None:
+    files = visible_files(root).values()
+    rows = [row for data in files for row in pq.read_table(io.BytesIO(data)).to_pylist()]
+    assert sorted(rows, key=lambda row: (row["input_file"], row["input_row"])) == expected_rows()
+    footers = [pq.read_metadata(io.BytesIO(data)).metadata[b"tramontane.counters"] for data in files]
+    assert merge_all(RunCounters.from_json_bytes(footer) for footer in footers) == expected_totals()
+    leftovers = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names if ".tmp" in name]
+    # The lease's own are kept for an hour: they may be those of somebody who is about to claim the output.
+    assert [path for path in leftovers if "/lease/" not in path] == []
+
+
+class Campaign:
+    """Runs that die where they are told to."""
+
+    def __init__(self, processes: ForkServerContext) -> None:
+        self._processes = processes
+        self._environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+    def run(self, root: str, die_at: int | None, seed: int) -> tuple[int | None, int]:
+        """Return (exit code, points passed if it ended by itself)."""
+        passed = self._processes.Value("i", -1)
+        child = self._processes.Process(target=run_and_die, args=(self._environment, root, die_at, seed, passed))
+        child.start()
+        child.join(DEADLINE_S)
+        assert child.exitcode is not None, f"run on {root} hangs"
+        return child.exitcode, passed.value
+
+    def crash_and_finish(self, root: str, die_at: int, seed: int) -> bool:
+        """Crash at the point, for most seeds once more somewhere, then finish; whether the first run died."""
+        draw = random.Random(f"{seed}-{die_at}")
+        with Reader(root) as reader:
+            first, _ = self.run(root, die_at, seed)
+            if draw.random() < 0.6:
+                self.run(root, draw.randrange(die_at + 20), seed + 1)
+            last, _ = self.run(root, None, seed)
+        assert reader.problems == []
+        assert last == FINISHED
+        check_output(root)
+        return first != FINISHED
+
+
+def count_points(campaign: Campaign, new_root: Callable[[], str]) -> int:
+    root = new_root()
+    code, points = campaign.run(root, None, 0)
+    assert code == FINISHED
+    check_output(root)
+    return points
+
+
+def test_run_killed_at_sampled_points_of_the_commit_protocol_resumes_exactly(
+    processes: ForkServerContext, new_root: Callable[[], str]
+) -> None:
+    campaign = Campaign(processes)
+    points = count_points(campaign, new_root)
+    sample = random.Random(20).sample(range(points), 8 if new_root().startswith("s3") else 24)
+    died = [campaign.crash_and_finish(new_root(), point, seed) for seed, point in enumerate(sample)]
+    assert sum(died) >= len(sample) / 2  # on S3 a third of the points lose a reply, which nobody dies of
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+def test_run_killed_at_every_point_of_the_commit_protocol_resumes_exactly(
+    processes: ForkServerContext, new_root: Callable[[], str], seed: int
+) -> None:
+    campaign = Campaign(processes)
+    for point in range(count_points(campaign, new_root)):
+        campaign.crash_and_finish(new_root(), point, seed)
+
+
+def test_part_damaged_on_purpose_is_noticed_by_the_checker(
+    processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = str(tmp_path_factory.mktemp("damaged"))
+    assert Campaign(processes).run(root, None, 0)[0] == FINISHED
+    check_output(root)
+    victim = os.path.join(root, "data", sorted(os.listdir(os.path.join(root, "data")))[0])
+    os.truncate(victim, os.path.getsize(victim) - 1)
+    with Reader(root) as reader, pytest.raises(Exception, match="Parquet"):
+        check_output(root)
+    assert reader.problems or reader.reads == 0

@@ -1,0 +1,181 @@
+"""Dispatcher, fleet and replicas as real Ray actors, with engines that crash, hang and refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.fleet import PoolPlan, start_fleet
+from pipeline.dispatcher import Dispatcher, Outcome
+from pipeline.engine import Request
+from pipeline.errors import InfrastructureError
+from pipeline.settings import SamplingSettings
+from tests.scripted_engine import ScriptedConfig, complete
+
+SAMPLING = SamplingSettings(temperature=0, max_tokens=8)
+
+
+def requests_for(rows: range) -> list[Request | None]:
+    return [Request("", [1, 1000 + row], SAMPLING, None) for row in rows]
+
+
+def expected_text(row: int) -> str:
+    return complete(Request("", [1, 1000 + row], SAMPLING, None), ScriptedConfig()).samples[0].text
+
+
+class Run:
+    """One fleet and one dispatcher, as a run has them."""
+
+    def __init__(self, config: ScriptedConfig, replicas: int, **limits: Any) -> None:
+        pools = [PoolPlan("pool", replicas, config)]
+        timeout = limits.pop("request_timeout_s", 60.0)
+        self.fleet = start_fleet(pools, keep_expert_ids=False, request_timeout_s=timeout)
+        self.limits = {"max_attempts": 3, "hang_timeout_s": 30.0, **limits}
+
+    def generate(self, *shards: list[Request | None]) -> list[list[Outcome | None] | None]:
+        async def work() -> list[list[Outcome | None] | None]:
+            dispatcher = Dispatcher(self.fleet, on_outcome=lambda outcome: None, **self.limits)
+            return await asyncio.gather(*(dispatcher.generate(shard) for shard in shards))
+
+        return asyncio.run(asyncio.wait_for(work(), 120))
+
+    def status(self) -> dict[str, Any]:
+        return dict(ray.get(self.fleet.status.remote()))
+
+    def close(self) -> None:
+        ray.get(self.fleet.stop.remote())
+        ray.kill(self.fleet)
+
+
+def kinds(outcomes: list[Outcome | None] | None) -> dict[int, tuple[str, int]]:
+    assert outcomes is not None
+    return {
+        row: (outcome.result.failure.kind, outcome.attempts)
+        for row, outcome in enumerate(outcomes)
+        if outcome is not None and outcome.result.failure is not None
+    }
+
+
+def check_texts(outcomes: list[Outcome | None] | None) -> None:
+    assert outcomes is not None
+    for row, outcome in enumerate(outcomes):
+        assert outcome is not None
+        if outcome.result.failure is None:
+            assert outcome.result.samples[0].text == expected_text(row)
+
+
+@pytest.mark.parametrize(
+    ("action", "kind", "limits"),
+    [
+        ("crash", "engine_crash", {}),
+        ("raise", "engine_crash", {}),
+        ("hang", "engine_hang", {"hang_timeout_s": 1.5}),
+        ("error", "request_error", {}),
+        ("refuse", "request_error", {}),
+        ("never", "request_timeout", {"request_timeout_s": 1.0}),
+    ],
+)
+def test_a_bad_row_fails_after_three_attempts_and_its_neighbours_succeed(
+    local_ray: None, action: str, kind: str, limits: dict[str, float]
+) -> None:
+    run = Run(ScriptedConfig(faults={1037: action}), 2, **limits)
+    try:
+        [outcomes] = run.generate(requests_for(range(100)))
+        assert kinds(outcomes) == {37: (kind, 3)}
+        check_texts(outcomes)
+    finally:
+        run.close()
+
+
+def test_an_error_that_passes_is_retried_to_success(local_ray: None) -> None:
+    run = Run(ScriptedConfig(faults={1003: "error_once"}), 1)
+    try:
+        [outcomes] = run.generate(requests_for(range(10)))
+        assert outcomes is not None
+        assert kinds(outcomes) == {}
+        assert outcomes[3] is not None
+        assert outcomes[3].attempts == 2
+        check_texts(outcomes)
+    finally:
+        run.close()
+
+
+def test_replicas_killed_from_outside_are_replaced_and_no_row_is_lost(local_ray: None, tmp_path: Path) -> None:
+    config = ScriptedConfig(max_num_seqs=16, steps_per_request=2, step_delay_s=0.01, journal=str(tmp_path))
+    run = Run(config, 2)
+
+    async def kill_twice() -> None:
+        killed: set[int] = set()
+        deadline = time.monotonic() + 60
+        while len(killed) < 2 and time.monotonic() < deadline:
+            for log in tmp_path.glob("*.log"):
+                pid = int(log.stem)
+                if pid not in killed and log.stat().st_size > 400 and len(killed) < 2:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+            await asyncio.sleep(0.01)
+        assert len(killed) == 2
+
+    async def work() -> list[Outcome | None] | None:
+        dispatcher = Dispatcher(run.fleet, on_outcome=lambda outcome: None, **run.limits)
+        outcomes, _ = await asyncio.gather(dispatcher.generate(requests_for(range(2000))), kill_twice())
+        return outcomes
+
+    try:
+        outcomes = asyncio.run(asyncio.wait_for(work(), 120))
+        assert kinds(outcomes) == {}
+        check_texts(outcomes)
+        assert run.status()["num_losses"] == 2
+    finally:
+        run.close()
+
+
+def test_a_model_that_never_loads_ends_the_run_with_its_reason(local_ray: None) -> None:
+    run = Run(ScriptedConfig(fail_start="weights are corrupt"), 1)
+    try:
+        with pytest.raises(InfrastructureError, match="weights are corrupt"):
+            run.generate(requests_for(range(4)))
+    finally:
+        run.close()
+
+
+def _drained(run: Run, action: str) -> list[list[Outcome | None] | None]:
+    async def work() -> list[list[Outcome | None] | None]:
+        dispatcher = Dispatcher(run.fleet, on_outcome=lambda outcome: None, **run.limits)
+        shards: list[Coroutine[Any, Any, list[Outcome | None] | None]] = [
+            dispatcher.generate(requests_for(range(200))) for _ in range(5)
+        ]
+        tasks = [asyncio.ensure_future(shard) for shard in shards]
+        while dispatcher.num_in_flight == 0:
+            await asyncio.sleep(0.005)
+        getattr(dispatcher, action)()
+        return await asyncio.gather(*tasks)
+
+    return asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_draining_finishes_shards_already_begun_and_drops_the_others(local_ray: None) -> None:
+    run = Run(ScriptedConfig(max_num_seqs=32, step_delay_s=0.02), 1)
+    try:
+        outcomes = _drained(run, "drain")
+        assert outcomes[0] is not None
+        assert kinds(outcomes[0]) == {}
+        assert outcomes[-1] is None
+    finally:
+        run.close()
+
+
+def test_abandoning_drops_every_unfinished_shard_at_once(local_ray: None) -> None:
+    run = Run(ScriptedConfig(max_num_seqs=32, step_delay_s=0.2, steps_per_request=50), 1)
+    try:
+        assert _drained(run, "abandon") == [None] * 5
+    finally:
+        run.close()
