@@ -2,7 +2,7 @@
 
 Owns how a problem is located and displayed. Knows nothing of what is right or wrong in a spec.
 Guarantees:
-- problems come in the order of the file, those of `--set` last, and none is left out.
+- problems come in the order of the file, those of `--set` last, and all are there (of more than 100, the first).
 - a problem inside something that is itself a problem is left to the outer one.
 """
 
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from jobs.yaml_source import Document, FieldPath, Mark, Problem
 from pipeline.errors import SpecError
 
+# A file that is no spec at all, e.g. a data file, has as many errors as keys.
+MOST_SHOWN = 100
 _LINE_WIDTH = 100
 
 
@@ -30,15 +32,20 @@ class Located:
 def spec_error(problems: Sequence[Problem], document: Document, overrides: Mapping[FieldPath, str]) -> SpecError:
     """The one error that reports all problems. `overrides` maps the path of each `--set` to its text."""
     located = sorted((_locate(problem, document, overrides) for problem in problems), key=_order)
-    blocks = list(dict.fromkeys(_block(one, document) for one in located))
-    head = [f"{document.name}: {len(blocks)} errors"] if len(blocks) > 1 else []
+    blocks = list(dict.fromkeys(_block(one, document) for one in located[:MOST_SHOWN]))
+    count = f"{len(blocks)} errors" if len(located) < MOST_SHOWN else f"more errors than {MOST_SHOWN}; the first are"
+    head = [f"{document.name}: {count}"] if len(blocks) > 1 else []
     return SpecError("\n".join([*head, *blocks]))
 
 
 def without_consequences(problems: Sequence[Problem], causes: Sequence[Problem]) -> list[Problem]:
     """`problems` less those at or below the path of a cause, e.g. a wrong type where an alias was refused."""
-    paths = [cause.path for cause in causes]
-    return [problem for problem in problems if not any(problem.path[: len(path)] == path for path in paths)]
+    paths = {cause.path for cause in causes}
+    return [
+        problem
+        for problem in problems
+        if not any(problem.path[:length] in paths for length in range(len(problem.path) + 1))
+    ]
 
 
 def _order(located: Located) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from jobs.spec_errors import MOST_SHOWN
 from jobs.spec_fields import FieldNode, describe_allowed, field_tree, find_field, format_path, schema_at, suggest
 from jobs.yaml_source import FieldPath, Problem, Scalar, plain_value
 
@@ -22,13 +23,12 @@ _LONGEST_VALUE = 60
 def problems_of(error: ValidationError, data: Any, scalars: Mapping[FieldPath, Scalar]) -> list[Problem]:
     """One Problem per wrong field; alternatives of a union count as one."""
     by_path: dict[FieldPath, ErrorDetails] = {}
-    for details in error.errors(include_url=False):
+    for details in error.errors(include_url=False, include_input=False):
         by_path.setdefault(_real_path(details, data), details)
-    return [
-        _problem(path, details, data, scalars)
-        for path, details in by_path.items()
-        if not _is_explained_deeper(path, by_path)
-    ]
+    explained_deeper = {path[:length] for path in by_path for length in range(len(path))}
+    wrong = [path for path in by_path if path not in explained_deeper]
+    # One more than is shown: looking for what was meant takes 1 ms each, and a data file has thousands of keys.
+    return [_problem(path, by_path[path], data, scalars) for path in wrong[: MOST_SHOWN + 1]]
 
 
 def unknown_field(path: FieldPath) -> Problem:
@@ -71,10 +71,6 @@ def _real_path(details: ErrorDetails, data: Any) -> FieldPath:
     if at := details.get("ctx", {}).get("at"):
         path.append(at)
     return tuple(path)
-
-
-def _is_explained_deeper(path: FieldPath, by_path: Mapping[FieldPath, ErrorDetails]) -> bool:
-    return any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
 
 
 def _problem(path: FieldPath, details: ErrorDetails, data: Any, scalars: Mapping[FieldPath, Scalar]) -> Problem:

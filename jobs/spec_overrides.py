@@ -13,7 +13,7 @@ from jobs.spec_fields import FieldNode, find_field, format_path
 from jobs.spec_messages import unknown_field
 from jobs.yaml_source import Document, FieldPath, Problem, parse_yaml
 
-_STEP = re.compile(r"\.?([A-Za-z_][\w-]*)|\.?\[?(\d{1,6})\]?")
+_STEP = re.compile(r"\.?([A-Za-z_][\w-]*)|\.(\d{1,6})|\[(\d{1,6})\]")
 
 
 class _WrongOverrideError(Exception):
@@ -63,7 +63,7 @@ def _parse_path(dotted: str) -> FieldPath:
         found = _STEP.match(dotted, position)
         if found is None:
             break
-        path.append(found.group(1) or int(found.group(2)))
+        path.append(found.group(1) or int(found.group(2) or found.group(3)))
         position = found.end()
     if not path or position < len(dotted):
         raise _WrongOverrideError(

@@ -5,6 +5,7 @@ Knows nothing of the input's columns. Only parses: compiling folds constants, an
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 
@@ -39,8 +40,6 @@ def check_template(path: FieldPath, text: str) -> Iterator[Problem]:
 
 
 def _unknown(path: FieldPath, kind: str, name: str, line: int, known: list[str]) -> Problem:
-    import difflib
-
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"Jinja has: {', '.join(known)}"
     return Problem(path, f"template line {line}: no {kind} named `{name}`", hint=hint, line_in_value=line)

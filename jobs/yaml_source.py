@@ -34,11 +34,10 @@ _LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 _HINTS = (
-    ("'\\t'", "YAML indents with spaces, never with tabs"),
     ("alias", '`*` starts an alias in YAML; quote the value, e.g. "*.parquet"'),
     ("anchor", "`&` starts an anchor in YAML; quote the value"),
     ("mapping values are not allowed", "a value that contains `: ` must be quoted, or written as a block after `|`"),
-    ("cannot start any token", "a value that starts with one of `@ % `` ` must be quoted"),
+    ("cannot start any token", "a value that starts with `@`, `%` or a backtick must be quoted"),
     ("could not find expected ':'", "every line of a mapping is `key: value`, with a space after the colon"),
     ("did not find expected ',' or", "a bracket or brace is not closed, or a comma is missing"),
     ("did not find expected key", "check the indentation: keys of one mapping start in one column"),
@@ -123,7 +122,7 @@ def parse_yaml(text: str, *, name: str) -> Document:
     except _RefusedError as refused:
         document.problems.append(refused.problem)
     except yaml.MarkedYAMLError as error:
-        document.problems.append(_syntax_problem(error))
+        document.problems.append(_syntax_problem(error, document.lines))
     except yaml.YAMLError as error:
         document.problems.append(Problem((), f"not YAML: {error}", mark=Mark(1, 1)))
     return document
@@ -153,11 +152,14 @@ def _refuse_unreadable(text: str) -> None:
         raise _RefusedError(Problem((), message, mark=mark))
 
 
-def _syntax_problem(error: yaml.MarkedYAMLError) -> Problem:
+def _syntax_problem(error: yaml.MarkedYAMLError, lines: list[str]) -> Problem:
     place = error.problem_mark or error.context_mark
     said = " ".join(part for part in (error.context, error.problem) if part)
     hint = next((cure for words, cure in _HINTS if words in said), None)
-    return Problem((), f"not YAML: {error.problem or said}", hint=hint, mark=_at(place))
+    mark = _at(place)
+    if mark.line <= len(lines) and lines[mark.line - 1][mark.column - 1 :].startswith("\t"):
+        hint = "YAML indents with spaces, never with tabs"
+    return Problem((), f"not YAML: {error.problem or said}", hint=hint, mark=mark)
 
 
 def _at(place: _YamlMark | None, width: int = 1) -> Mark:
@@ -265,6 +267,17 @@ class _Builder:
         first = self._out.keys[path].line
         message = f"`{path[-1]}` is set twice; the first is on line {first}"
         self._out.problems.append(Problem(path, message, hint="keep one of them", mark=mark))
-        marks = (self._out.keys.copy(), self._out.values.copy(), self._out.scalars.copy())
-        self._value(path, next(self._events), depth + 1)
-        self._out.keys, self._out.values, self._out.scalars = marks
+        self._skip(depth + 1)
+
+    def _skip(self, depth: int) -> None:
+        """Pass over one value without a trace."""
+        outer = depth
+        while True:
+            event = next(self._events)
+            if isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            else:
+                self._count(_mark(event), depth)
+                depth += isinstance(event, yaml.CollectionStartEvent)
+            if depth == outer:
+                return

@@ -290,4 +290,6 @@ def _from_record(record: dict[str, Any]) -> RunCounters:
         return RunCounters(totals=totals)
     moe = MoeShape(*(_check_count("moe", size) for size in record["moe"]))
     keys = [RoutingKey(str(name), str(statuses)) for name, statuses in record["routing_keys"]]
+    if len(set(keys)) < len(keys):
+        raise ValueError("a slice and status occur twice")
     return RunCounters(moe, totals, dict(zip(keys, unpack(record["routing"], len(keys), moe), strict=True)))

@@ -25,7 +25,9 @@ from pipeline.storage import Store
 class PartSink(Datasink[None]):
     """Commits each shard as it arrives."""
 
-    def __init__(self, store: Store, plan_ref: Any, *, fingerprint: str, retried_statuses: Sequence[str] | None) -> None:
+    def __init__(
+        self, store: Store, plan_ref: Any, *, fingerprint: str, retried_statuses: Sequence[str] | None
+    ) -> None:
         super().__init__()
         self._store = store
         self._plan_ref = plan_ref

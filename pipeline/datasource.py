@@ -94,7 +94,12 @@ def read_plan(
 def _pack(shard: Shard, rows: Sequence[int]) -> bytes:
     """One bit per row of the shard: 512 bytes at most, where a list of numbers would take 20 kB."""
     wanted = np.zeros(shard.num_rows, np.bool_)
-    wanted[np.asarray(rows, np.int64) - shard.start] = True
+    positions = np.asarray(rows, np.int64) - shard.start
+    if positions.size and not (positions.min() >= 0 and positions.max() < shard.num_rows):
+        raise ValueError(
+            f"rows to retry lie outside shard {shard.index}, which is rows {shard.start} to {shard.stop - 1}"
+        )
+    wanted[positions] = True
     return np.packbits(wanted).tobytes()
 
 

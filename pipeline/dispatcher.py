@@ -55,7 +55,7 @@ class Dispatcher:
     """
 
     def __init__(
-        self, fleet: Any, *, max_attempts: int, hang_timeout_s: float, on_outcome: Callable[[Outcome], None]
+        self, fleet: Any, *, max_attempts: int, hang_timeout_s: float, on_outcome: Callable[[Request, Outcome], None]
     ) -> None:
         self._fleet = fleet
         self._hang_timeout_s = hang_timeout_s
@@ -252,7 +252,9 @@ class Dispatcher:
             return
         shard.outcomes[position] = outcome
         shard.missing -= 1
-        self._on_outcome(outcome)
+        request = shard.requests[position]
+        if request is not None:
+            self._on_outcome(request, outcome)
         if shard.missing == 0:
             shard.done.set()
 

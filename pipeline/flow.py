@@ -15,9 +15,8 @@ import ray
 import ray.data
 
 from pipeline.datasink import PartSink
-from pipeline.datasource import ShardSource
+from pipeline.datasource import read_plan
 from pipeline.generate import GenerateSettings, GenerateStage
-from pipeline.settings import JobSpec
 from pipeline.shards import Plan
 from pipeline.storage import Store
 from pipeline.templating import TemplateSettings, template_shard
@@ -27,7 +26,6 @@ from pipeline.templating import TemplateSettings, template_shard
 class Flow:
     """Everything a run's data path is made of."""
 
-    spec: JobSpec
     plan: Plan
     user_schema: pa.Schema
     """One schema for the user's columns of all files, as read."""
@@ -55,8 +53,7 @@ def run_flow(
     configure_ray_data()
     plan_ref = ray.put(flow.plan)
     open_shards = num_open_shards(flow.window, flow.plan.rows_per_shard)
-    source = ShardSource(flow.plan, flow.user_schema, shards, rows=rows)
-    dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(shards)))
+    dataset = read_plan(flow.plan, flow.user_schema, shards=shards, rows=rows)
     dataset = dataset.map_batches(
         template_shard, fn_args=(flow.template,), batch_size=None, batch_format="pyarrow", zero_copy_batch=True
     )
@@ -89,7 +86,9 @@ def configure_ray_data() -> None:
     context.target_max_block_size = None  # a task's output is one block: never split, never merged
     context.target_min_block_size = 0
     context.execution_options.preserve_order = False  # order would hold commits back behind stragglers
-    context.execution_no_progress_timeout_s = -1  # waiting for GPUs or for a slow shard isn't a failure; the fleet watches
+    context.execution_no_progress_timeout_s = (
+        -1
+    )  # waiting for GPUs or for a slow shard isn't a failure; the fleet watches
     context.max_errored_blocks = 0  # rows fail in columns; an error here is ours and must be seen
     context.issue_detectors_config.detectors = []
     context.enable_progress_bars = False

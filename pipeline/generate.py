@@ -31,6 +31,8 @@ class GenerateSettings:
     """What the stage needs to know of a run; picklable."""
 
     seed: int
+    input_root: str
+    """Folder of all input files; seeds depend on paths below it, so that moving the whole input changes nothing."""
     schema: pa.Schema
     routing: RoutingSettings
     limits: LimitSettings
@@ -57,7 +59,7 @@ class GenerateStage:
         """Return the shard's output rows and counters; an empty table when draining dropped the shard."""
         if self._poster is None:
             self._poster = asyncio.get_running_loop().create_task(self._post())
-        requests = shard_requests(prompts, self._settings.seed)
+        requests = shard_requests(prompts, self._settings)
         outcomes = await self._dispatcher.generate(requests)
         if outcomes is None:
             return attach_counters(self._settings.schema.empty_table(), 0, b"")
@@ -67,8 +69,9 @@ class GenerateStage:
         table, counters = self._builder.build(prompts, outcomes)
         return attach_counters(table, prompts.column(SHARD)[0].as_py(), counters.to_json_bytes())
 
-    def _count(self, outcome: Outcome) -> None:
+    def _count(self, request: Request, outcome: Outcome) -> None:
         self._figures.rows_done += 1
+        self._figures.input_tokens += len(request.prompt_token_ids)
         self._figures.rows_failed += outcome.result.failure is not None
         self._figures.attempts_failed += outcome.attempts - (outcome.result.failure is None)
         self._figures.generated_tokens += sum(sample.num_generated_tokens for sample in outcome.result.samples)
@@ -85,15 +88,16 @@ class GenerateStage:
             await asyncio.sleep(POST_INTERVAL_S)
 
 
-def shard_requests(prompts: pa.Table, seed: int) -> list[Request | None]:
+def shard_requests(prompts: pa.Table, settings: GenerateSettings) -> list[Request | None]:
     """One request per row that templating let through, None for the others; request ids are dispatch's to give."""
     ids = prompts.column(PROMPT_IDS).to_pylist()
     sampling = prompts.column(SAMPLING).to_pylist()
     errors = prompts.column(ERROR).is_null().to_pylist()
-    identity = zip(prompts.column(FILE).to_pylist(), prompts.column(ROW).to_pylist(), strict=True)
+    rows = prompts.column(ROW).to_pylist()
+    file = prompts.column(FILE)[0].as_py().removeprefix(settings.input_root)  # a shard never crosses a file
     return [
-        Request("", row_ids, _sampling(row_sampling), row_seed(seed, file, row)) if sound else None
-        for row_ids, row_sampling, sound, (file, row) in zip(ids, sampling, errors, identity, strict=True)
+        Request("", row_ids, _sampling(row_sampling), row_seed(settings.seed, file, row)) if sound else None
+        for row_ids, row_sampling, sound, row in zip(ids, sampling, errors, rows, strict=True)
     ]
 
 

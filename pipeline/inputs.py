@@ -73,7 +73,10 @@ def list_inputs(paths: str | Sequence[str]) -> list[InputFile]:
             raise result
     if problems:
         raise SpecError("\n".join(problems))
-    return [result for result in results if isinstance(result, InputFile)]
+    # Ten thousand files with one schema share one object.
+    seen: dict[pa.Schema, pa.Schema] = {}
+    files = [result for result in results if isinstance(result, InputFile)]
+    return [replace(file, schema=seen.setdefault(file.schema, file.schema)) for file in files]
 
 
 def _extension_problem(path: str) -> str | None:

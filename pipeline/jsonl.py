@@ -6,8 +6,8 @@ agree on which lines are rows, so row numbers mean the same on the driver and in
 - Rows are the lines that aren't blank, numbered from 0. Lines end with `\n` or `\r\n`. A BOM at the start of the
   file is skipped, anywhere else it spoils its line.
 - A line is a bad row, never an error, when it is not UTF-8, not JSON, not an object, longer than 8 MiB, holds NaN,
-  Infinity, a number beyond double range, or a lone surrogate (`"\ud800"`, which no UTF-8 output can hold). `"\u0000"` is
-  legal.
+  Infinity, a number beyond double range, or a lone surrogate (`"\ud800"`, which no UTF-8 output can hold). A
+  `"\u0000"` is legal.
 - Of duplicate keys the last wins, as in every common JSON reader.
 - Columns: string, int64, double, bool by what the lines hold; int and float widen to double; everything else (lists,
   objects, mixtures, integers beyond int64) becomes a string column: strings in it stay as they are, so that one odd row

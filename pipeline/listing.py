@@ -107,6 +107,8 @@ def _match(pattern: str) -> list[FoundFile]:
         found = _match_local(location) if scheme == "file" else _match_remote(scheme, location)
     except RunError:
         raise
+    except FileNotFoundError:
+        found = []  # no such bucket
     except PermissionError as error:
         raise SpecError(
             f"input path {pattern!r} may not be read ({error}); check credentials and permissions"

@@ -91,7 +91,9 @@ def inspect_model(source: str, path: Path, revision: str | None) -> ModelFiles:
     """
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise SpecError(f"model.source {source!r}: {path} holds no config.json; give a directory of a Hugging Face model")
+        raise SpecError(
+            f"model.source {source!r}: {path} holds no config.json; give a directory of a Hugging Face model"
+        )
     config = json.loads(config_file.read_text())
     if "auto_map" in config:
         raise SpecError(
@@ -99,7 +101,9 @@ def inspect_model(source: str, path: Path, revision: str | None) -> ModelFiles:
             "use a model that transformers and vLLM implement themselves"
         )
     if not any(path.glob("*.safetensors")):
-        raise SpecError(f"model.source {source!r}: no *.safetensors in {path}; convert the weights, pickled ones are refused")
+        raise SpecError(
+            f"model.source {source!r}: no *.safetensors in {path}; convert the weights, pickled ones are refused"
+        )
     return ModelFiles(
         source=source,
         path=str(path),

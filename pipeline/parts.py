@@ -137,11 +137,17 @@ def read_part(store: Store, part_name: str) -> pa.Table:
 def _read_metadata(store: Store, part_name: str, size: int | None) -> pq.FileMetaData:
     reason = ""
     for _ in range(_READ_ATTEMPTS):
-        with _transport(store, part_name):
-            tail = _read_tail(store, part_path(part_name), size)
         try:
+            with _transport(store, part_name):
+                tail = _read_tail(store, part_path(part_name), size)
             return pq.read_metadata(pa.BufferReader(tail))
+        except InfrastructureError:
+            if size is None:
+                raise
+            size = None  # a range beyond the end (S3: 416) is what a part that has shrunk since looks like
         except (pa.ArrowException, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
             reason, size = str(error), None
     raise _damaged(store, part_name, reason)
 

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow as pa
 
-from pipeline import jsonl, parquet_rows
+from pipeline import jsonl, row_batch
 from pipeline.errors import InfrastructureError
 from pipeline.inputs import InputFile
 from pipeline.listing import stat_file
+from pipeline.parquet_rows import read_rows
 from pipeline.rows import FILE, READ_ERROR, ROW, SHARD, read_fields
 from pipeline.shards import Shard
 
@@ -40,14 +41,14 @@ def read_shard(file: InputFile, shard: Shard, schema: pa.Schema, *, keep: Sequen
         InfrastructureError: the file is gone, is not the one that was planned, or can't be decoded.
     """
     tables, used = [], 0
-    for rows in read_range(file, shard.start, shard.start + shard.num_rows, schema):
+    for rows in read_range(file, shard.start, shard.stop, schema):
         within = used + np.cumsum(rows.num_bytes) <= MAX_SHARD_BYTES
         rows = rows.refuse(
             ~within, f"lies beyond the first {MAX_SHARD_BYTES >> 30} GiB of its shard; split the file's big rows"
         )
         used += int(rows.num_bytes.sum())
         tables.append(rows.to_table(schema))
-    table = pa.concat_tables(tables) if tables else parquet_rows.Rows.empty().to_table(schema)
+    table = pa.concat_tables(tables) if tables else row_batch.Rows.empty().to_table(schema)
     if table.num_rows != shard.num_rows:
         raise InfrastructureError(f"{_range(file, shard)} gave {table.num_rows} rows instead of {shard.num_rows}")
     table = _with_identity(table, shard)
@@ -56,7 +57,7 @@ def read_shard(file: InputFile, shard: Shard, schema: pa.Schema, *, keep: Sequen
     return table.combine_chunks()
 
 
-def read_range(file: InputFile, start: int, stop: int, schema: pa.Schema) -> Iterator[parquet_rows.Rows]:
+def read_range(file: InputFile, start: int, stop: int, schema: pa.Schema) -> Iterator[row_batch.Rows]:
     """Yield rows [start, stop) of a file in batches, each with its decoded size.
 
     Raises:
@@ -70,7 +71,7 @@ def read_range(file: InputFile, start: int, stop: int, schema: pa.Schema) -> Ite
         if file.format == "jsonl":
             yield from _jsonl_rows(file, start, stop, schema)
         else:
-            yield from parquet_rows.read_rows(file.path, start, stop, schema)
+            yield from read_rows(file.path, file.version, start, stop, schema)
 
 
 @contextmanager
@@ -86,7 +87,7 @@ def _decoding(where: str) -> Iterator[None]:
 
 
 def _range(file: InputFile, shard: Shard) -> str:
-    return f"{file.path}, rows {shard.start} to {shard.start + shard.num_rows - 1}"
+    return f"{file.path}, rows {shard.start} to {shard.stop - 1}"
 
 
 def _check_version(file: InputFile) -> None:
@@ -98,20 +99,20 @@ def _check_version(file: InputFile) -> None:
         )
 
 
-def _jsonl_rows(file: InputFile, start: int, stop: int, schema: pa.Schema) -> Iterator[parquet_rows.Rows]:
+def _jsonl_rows(file: InputFile, start: int, stop: int, schema: pa.Schema) -> Iterator[row_batch.Rows]:
     batch: list[jsonl.Line] = []
     num_bytes = 0
     for line in jsonl.read_lines(file.path, file.marks, start, stop):
         batch.append(line)
         num_bytes += line.num_bytes
-        if len(batch) == _JSONL_BATCH_ROWS or num_bytes > parquet_rows.MAX_CELL_BYTES:
+        if len(batch) == _JSONL_BATCH_ROWS or num_bytes > row_batch.MAX_CELL_BYTES:
             yield _from_lines(batch, schema)
             batch, num_bytes = [], 0
     if batch:
         yield _from_lines(batch, schema)
 
 
-def _from_lines(lines: list[jsonl.Line], schema: pa.Schema) -> parquet_rows.Rows:
+def _from_lines(lines: list[jsonl.Line], schema: pa.Schema) -> row_batch.Rows:
     columns = {
         field.name: pa.array(
             [jsonl.cell((line.record or {}).get(field.name), field.type) for line in lines], field.type
@@ -119,14 +120,14 @@ def _from_lines(lines: list[jsonl.Line], schema: pa.Schema) -> parquet_rows.Rows
         for field in schema
     }
     sizes = np.array([line.num_bytes for line in lines], np.int64)
-    return parquet_rows.Rows(columns, sizes, [line.error for line in lines])
+    return row_batch.Rows(columns, sizes, [line.error for line in lines])
 
 
 def _with_identity(table: pa.Table, shard: Shard) -> pa.Table:
     values = {
         SHARD: pa.array(np.full(shard.num_rows, shard.index, np.int32)),
         FILE: pa.array([shard.file] * shard.num_rows, pa.string()),
-        ROW: pa.array(np.arange(shard.start, shard.start + shard.num_rows, dtype=np.int64)),
+        ROW: pa.array(np.arange(shard.start, shard.stop, dtype=np.int64)),
         READ_ERROR: table[READ_ERROR],
     }
     table = table.drop_columns([READ_ERROR])

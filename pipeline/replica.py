@@ -147,7 +147,7 @@ class Replica:
             self._loop.call_soon_threadsafe(self._ready.set)
             while True:
                 self._step(engine)
-        except Exception as error:  # noqa: BLE001  the replica boundary: the actor dies with its engine
+        except Exception as error:
             logger.exception("engine died")
             self._death = error
             self._loop.call_soon_threadsafe(self._announce_death)
@@ -193,7 +193,10 @@ class Replica:
     def _expire(self, engine: Engine) -> list[RowResult]:
         now = time.monotonic()
         late: list[str] = []
-        for request_id, deadline in self._deadlines.items():  # in order of arrival, so the first that isn't late ends it
+        for (
+            request_id,
+            deadline,
+        ) in self._deadlines.items():  # in order of arrival, so the first that isn't late ends it
             if deadline > now:
                 break
             late.append(request_id)

@@ -15,7 +15,6 @@ import pyarrow as pa
 from pipeline.counters import ALL, RunCounters, SampleFacts, slice_name
 from pipeline.dispatcher import Outcome
 from pipeline.engine import MoeShape, Timing
-from pipeline.errors import SpecError
 from pipeline.replica import ReducedSample
 from pipeline.rows import ERROR, FILE, MAX_ERROR_CHARS, PROMPT_IDS, REPAIRS, ROW
 from pipeline.settings import RoutingSettings
@@ -67,6 +66,9 @@ class _Columns:
             getattr(self, name).append(value)
 
 
+OWN_COLUMNS = frozenset(_Columns.__slots__) - {"take"}
+
+
 @dataclass(frozen=True, slots=True)
 class ResultBuilder:
     """Builds the output of shards under one run's settings."""
@@ -113,7 +115,7 @@ class ResultBuilder:
             name = schema_field.name
             if name in ours:
                 values = ours[name]
-            elif hasattr(columns, name):
+            elif name in OWN_COLUMNS:
                 values = getattr(columns, name)
             else:
                 values = taken.column(name)
@@ -128,7 +130,9 @@ class ResultBuilder:
         missing = np.array([row is None for row in rows], dtype=bool)
         width = self.moe.num_layers * self.moe.num_experts
         arrays = {
-            "prompt_expert_counts": _counts([r.routing.prompt_counts if r and r.routing else None for r in rows], width),
+            "prompt_expert_counts": _counts(
+                [r.routing.prompt_counts if r and r.routing else None for r in rows], width
+            ),
             "completion_expert_counts": _counts(
                 [r.routing.completion_counts if r and r.routing else None for r in rows], width
             ),
@@ -145,17 +149,16 @@ def sample_status(sample: ReducedSample) -> str:
     return "truncated" if sample.finish_reason == "length" else "ok"
 
 
-def require_slice_column(routing: RoutingSettings, columns: Sequence[str]) -> None:
-    """Raise SpecError when `routing.slice_by` names no column."""
-    if routing.slice_by is not None and routing.slice_by not in columns:
-        raise SpecError(f"routing.slice_by names column {routing.slice_by!r}, but the input has {', '.join(columns)}")
-
-
 def _add_row(
     columns: _Columns, position: int, outcome: Outcome | None, error: dict[str, Any] | None
 ) -> list[SampleFacts]:
     if outcome is None:
-        error = error or {"kind": "internal", "message": "neither an outcome nor an error", "stage": STAGE, "attempts": 0}
+        error = error or {
+            "kind": "internal",
+            "message": "neither an outcome nor an error",
+            "stage": STAGE,
+            "attempts": 0,
+        }
         columns.add_failure(position, error)
         return [SampleFacts("failed", error_kind=error["kind"])]
     result = outcome.result

@@ -56,8 +56,8 @@ def normalised_entropy(load: NDArray[Any]) -> Floats:
     if load.shape[-1] == 1:
         return np.asarray(shares[..., 0])
     terms = shares * np.log(np.where(shares > 0, shares, 1.0))
-    # Rounding can pass the ends of [0, 1] by 1e-16.
-    return np.asarray(np.clip(-terms.sum(axis=-1) / math.log(load.shape[-1]), 0.0, 1.0))
+    # abs: no term is positive, and -0.0 would be printed as such. Rounding can pass 1 by 1e-16.
+    return np.asarray(np.minimum(np.abs(terms.sum(axis=-1)) / math.log(load.shape[-1]), 1.0))
 
 
 def max_over_mean(load: NDArray[Any]) -> Floats:

@@ -102,7 +102,7 @@ def layers_table(counters: RunCounters) -> pa.Table:
     weigh more; the row columns weigh samples alike), beside the value expected at random.
     """
     slices = counters.slices()
-    if slices and set(slices) != {ALL}:
+    if slices:
         slices[ALL] = _sum(slices.values())
     return _concat(LAYERS_SCHEMA, (part for name, totals in slices.items() for part in _layers(name, totals)))
 

@@ -52,8 +52,6 @@ def row_sampling(base: SamplingSettings, override_json: str | None) -> SamplingS
 
 
 def _check_together(settings: SamplingSettings) -> None:
-    if settings.min_tokens > settings.max_tokens:
-        raise _bad(f"`min_tokens` {settings.min_tokens} is more than `max_tokens` {settings.max_tokens}; lower it")
     # The engine refuses several greedy samples: they would all be the same.
     if settings.n > 1 and settings.temperature == 0:
         raise _bad(f"`n` is {settings.n} but `temperature` is 0, so all samples would be equal; set `n` to 1")
@@ -86,7 +84,8 @@ def _unknown(key: str) -> str:
 
 def _describe(detail: Any) -> str:
     path = ".".join(str(part) for part in detail["loc"])
-    return f"`{path}` is {_shown(detail['input'])}: {detail['msg']}"
+    rule = str(detail["msg"]).removeprefix("Value error, ")
+    return f"`{path}` is {_shown(detail['input'])}: {rule}" if path else rule
 
 
 def _shown(value: object) -> str:

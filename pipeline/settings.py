@@ -71,7 +71,7 @@ class PromptSettings(Settings):
     safe_prompt: bool = False
     """Put Mistral's official safety prompt before everything else."""
     marker_text: Literal["escape", "reject", "allow"] = "escape"
-    """What to do with a row whose text contains `[INST]` or `[/INST]`: Mixtral 8x7B can't tell it from the template's."""
+    """What to do with a row whose text contains `[INST]` or `[/INST]`, Mixtral 8x7B's own plain-text markers."""
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> PromptSettings:

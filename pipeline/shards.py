@@ -46,6 +46,11 @@ class Shard:
     num_rows: int
 
     @property
+    def stop(self) -> int:
+        """One past the last row."""
+        return self.start + self.num_rows
+
+    @property
     def part_name(self) -> str:
         """Name of the part that holds this shard's results: a pure function of the shard."""
         return f"part-{self.file_index:05d}-{self.start:012d}.parquet"

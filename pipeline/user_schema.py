@@ -17,6 +17,9 @@ from pipeline.errors import SpecError
 from pipeline.rows import PREFIX
 
 
+_MAX_SHOWN = 20
+
+
 class HasSchema(Protocol):
     """What is needed of an input file."""
 
@@ -55,9 +58,11 @@ def user_schema(
             problems at once.
     """
     required = list(dict.fromkeys(required))
-    voters = [file for file in files if file.num_rows and len(file.schema)]
+    everyone = [file for file in files if file.num_rows and len(file.schema)]
+    # The first file of each schema speaks for the others like it.
+    voters = list({(file.format, file.schema): file for file in reversed(everyone)}.values())[::-1]
     present = {name for file in voters for name in file.schema.names}
-    problems = [_missing(file, name) for file in voters for name in required if name not in file.schema.names]
+    problems = _all_missing(everyone, required) if any(set(required) - set(file.schema.names) for file in voters) else []
     if voters and not isinstance(carried, str):
         everything = pa.schema([(name, pa.null()) for name in sorted(present)])
         problems += [_absent(name, everything) for name in carried if name not in present]
@@ -86,6 +91,12 @@ def _wanted(voters: Sequence[HasSchema], required: list[str], carried: str | Seq
         names = set(required) | (set() if isinstance(carried, str) else set(carried))
         chosen = [name for name in in_order if name in names]
     return chosen + [name for name in required if name not in in_order]  # no file with rows: null columns
+
+
+def _all_missing(files: Sequence[HasSchema], required: Sequence[str]) -> list[str]:
+    lacking = [(file, name) for file in files for name in required if name not in file.schema.names]
+    shown = [_missing(file, name) for file, name in lacking[:_MAX_SHOWN]]
+    return shown + ([f"... and {len(lacking) - _MAX_SHOWN} more like these"] if len(lacking) > _MAX_SHOWN else [])
 
 
 def _missing(file: HasSchema, name: str) -> str:

@@ -39,7 +39,12 @@ class VllmEngineConfig:
         first request, no change in speed seen), and a fixed KV size, without which the CPU build refuses to start
         unless 92% of memory is free.
         """
-        env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
+        env = {
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         if not self.on_cpu:
             return env
         env |= {"OMP_NUM_THREADS": str(self.num_threads), "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -98,7 +103,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop the engine's own processes, if it has any."""
-        with contextlib.suppress(Exception):  # noqa: BLE001  the process is about to end; nothing is left to save
+        with contextlib.suppress(Exception):
             self._engine.engine_core.shutdown()
 
 

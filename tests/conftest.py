@@ -6,6 +6,7 @@ credentials in the environment are those of the server started here; none joins 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ def s3_server() -> Iterator[str]:
     """Start an S3 server for the session, point AWS_* of this process (and its children) at it; yield its URL."""
     from moto.server import ThreadedMotoServer  # 1 s of imports that most tests do without
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request drowns a failed test's report
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -42,7 +42,7 @@ class Run:
 
     def generate(self, *shards: list[Request | None]) -> list[list[Outcome | None] | None]:
         async def work() -> list[list[Outcome | None] | None]:
-            dispatcher = Dispatcher(self.fleet, on_outcome=lambda outcome: None, **self.limits)
+            dispatcher = Dispatcher(self.fleet, on_outcome=lambda request, outcome: None, **self.limits)
             return await asyncio.gather(*(dispatcher.generate(shard) for shard in shards))
 
         return asyncio.run(asyncio.wait_for(work(), 120))
@@ -125,7 +125,7 @@ def test_replicas_killed_from_outside_are_replaced_and_no_row_is_lost(local_ray:
         assert len(killed) == 2
 
     async def work() -> list[Outcome | None] | None:
-        dispatcher = Dispatcher(run.fleet, on_outcome=lambda outcome: None, **run.limits)
+        dispatcher = Dispatcher(run.fleet, on_outcome=lambda request, outcome: None, **run.limits)
         outcomes, _ = await asyncio.gather(dispatcher.generate(requests_for(range(2000))), kill_twice())
         return outcomes
 
@@ -149,7 +149,7 @@ def test_a_model_that_never_loads_ends_the_run_with_its_reason(local_ray: None) 
 
 def _drained(run: Run, action: str) -> list[list[Outcome | None] | None]:
     async def work() -> list[list[Outcome | None] | None]:
-        dispatcher = Dispatcher(run.fleet, on_outcome=lambda outcome: None, **run.limits)
+        dispatcher = Dispatcher(run.fleet, on_outcome=lambda request, outcome: None, **run.limits)
         shards: list[Coroutine[Any, Any, list[Outcome | None] | None]] = [
             dispatcher.generate(requests_for(range(200))) for _ in range(5)
         ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import pickle
 import random
+import tracemalloc
+import zlib
 from unittest.mock import patch
 
 import numpy as np
@@ -184,8 +187,18 @@ def test_more_than_1000_slices_fold_into_other_whatever_the_cut_into_parts() -> 
 
 @pytest.mark.parametrize(
     ("value", "name"),
-    [(None, "(null)"), ("(null)", "'(null)'"), ("(other)", "'(other)'"), ("(all)", "'(all)'"), ("", ""), ("de", "de")]
-    + [(3, "3"), (True, "True"), (2.5, "2.5"), ("\ud800", "?")],
+    [
+        (None, "(null)"),
+        ("(null)", "'(null)'"),
+        ("(other)", "'(other)'"),
+        ("(all)", "'(all)'"),
+        ("", ""),
+        ("de", "de"),
+        (3, "3"),
+        (True, "True"),
+        (2.5, "2.5"),
+        ("\ud800", "?"),
+    ],
 )
 def test_slice_names_are_told_apart_from_reserved_ones(value: object, name: str) -> None:
     assert slice_name(value) == name
@@ -201,9 +214,8 @@ def test_long_slice_values_are_cut_but_stay_distinct() -> None:
 def test_a_count_that_is_no_natural_number_is_refused(count: object) -> None:
     with pytest.raises(ValueError, match="not negative"):
         SampleFacts("ok", count)  # type: ignore[arg-type]
-    if count is not True:
-        with pytest.raises(ValueError, match="num_input_tokens"):
-            RunCounters().add_row([SampleFacts("ok")], num_input_tokens=count, num_cached_tokens=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_input_tokens"):
+        RunCounters().add_row([SampleFacts("ok")], num_input_tokens=count, num_cached_tokens=0)  # type: ignore[arg-type]
 
 
 def test_an_unknown_status_and_a_row_without_samples_are_refused() -> None:
@@ -268,11 +280,35 @@ def test_damaged_bytes_are_named_with_the_cure(change: dict[str, object]) -> Non
         RunCounters.from_json_bytes(json.dumps(record).encode())
 
 
+def test_a_slice_told_twice_is_refused_rather_than_half_lost() -> None:
+    record = json.loads(one_part().to_json_bytes())
+    record |= {"routing_keys": [["(all)", "ok"]] * 2, "routing": pack([RoutingTotals(MOE), RoutingTotals(MOE)])}
+    with pytest.raises(InfrastructureError, match="twice"):
+        RunCounters.from_json_bytes(json.dumps(record).encode())
+
+
 def test_bytes_cut_anywhere_are_refused() -> None:
     data = one_part().to_json_bytes()
     for end in range(0, len(data), 7):
         with pytest.raises(InfrastructureError):
             RunCounters.from_json_bytes(data[:end])
+
+
+def test_packed_routing_without_its_checksum_is_refused() -> None:
+    whole = base64.b64decode(pack([RoutingTotals(MOE)]))
+    with pytest.raises(ValueError, match="cut short"):
+        unpack(base64.b64encode(whole[:-4]).decode(), 1, MOE)
+
+
+def test_packed_routing_is_never_inflated_beyond_what_it_should_hold() -> None:
+    bomb = base64.b64encode(zlib.compress(bytes(200_000_000), 9)).decode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="more than it should"):
+            unpack(bomb, 1, MOE)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_counters_survive_a_process_boundary() -> None:
@@ -386,6 +422,7 @@ def test_retry_gives_the_footer_of_a_run_that_never_failed(statuses, retried: se
                 facts, num_input_tokens=num_prompt, num_cached_tokens=row % 2, moe=MOE, slice_name=f"s{row % 3}"
             )
     assert base == fresh
+    base.update(fresh)
     assert footer == output_table(3, 40, statuses=statuses)[1], "the old footer was changed"
 
 

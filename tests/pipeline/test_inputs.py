@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -128,8 +129,8 @@ def test_version_changes_when_a_file_is_rewritten(tmp_path):
 @pytest.mark.parametrize("cut", [0, 3, 50, -1, -10])
 def test_truncated_parquet_is_refused_by_name(tmp_path, cut):
     path = write(tmp_path / "a.parquet", x=list(range(100)))
-    whole = open(path, "rb").read()
-    open(path, "wb").write(whole[:cut])
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:cut])
     write(tmp_path / "good.parquet", x=[1])
     with pytest.raises(SpecError, match=r"a\.parquet can't be read"):
         list_inputs(str(tmp_path))
@@ -144,8 +145,8 @@ def test_columns_that_occur_twice_are_refused(tmp_path):
 # -- one schema -----------------------------------------------------------------------------------------------------
 
 
-def having(path, kind, *, name="x", format="parquet", num_rows=1):
-    return InputFile(path, format, 1, "v", num_rows, pa.schema([(name, kind)]))
+def having(path, kind, *, name="x", kind_of_file="parquet", num_rows=1):
+    return InputFile(path, kind_of_file, 1, "v", num_rows, pa.schema([(name, kind)]))
 
 
 CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -225,7 +226,7 @@ def test_files_without_rows_have_no_say():
 
 
 def test_jsonl_files_with_different_guesses_become_text():
-    files = [having("a", pa.string(), format="jsonl"), having("b", pa.int64(), format="jsonl")]
+    files = [having("a", pa.string(), kind_of_file="jsonl"), having("b", pa.int64(), kind_of_file="jsonl")]
     assert user_schema(files, required=["x"]).field("x").type == pa.string()
 
 

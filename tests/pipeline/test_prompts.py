@@ -80,14 +80,12 @@ def test_the_specs_own_system_message_is_not_a_repair() -> None:
 
 
 def test_safe_prompt_is_mistrals_text() -> None:
-    prompt = PromptSettings(messages="m", safe_prompt=True)
-    assert plain(chat_of(turns(("user", "a")), prompt)) == [
-        (
-            "user",
-            "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid harmful, "
-            "unethical, prejudiced, or negative content. Ensure replies promote fairness and positivity.\n\na",
-        )
-    ]
+    text = (
+        "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid harmful, "
+        "unethical, prejudiced, or negative content. Ensure replies promote fairness and positivity."
+    )
+    chat = chat_of(turns(("user", "a")), PromptSettings(messages="m", safe_prompt=True))
+    assert plain(chat) == [("user", f"{text}\n\na")]
 
 
 BAD = [

@@ -1,0 +1,255 @@
+"""Executes a prepared job: lease, what is left to do, fleet, flow, finish. The only place where a run is put together.
+
+Guarantees:
+- one execution owns the output from its first write to its last.
+- committed rows are never done again, unless they failed and are asked for.
+- the exit code says what happened: 0 done, 1 too many failed rows, 2 nothing ran, 3 infrastructure, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.fleet import PoolPlan, start_fleet
+from cluster.pools import pool_plans
+from jobs.prepare import PreparedJob
+from jobs.progress import ProgressDisplay
+from jobs.ray_session import local_ray
+from jobs.summary import Execution, build_summary, write_summary
+from jobs.supervise import Supervisor
+from pipeline.counters import RunCounters
+from pipeline.errors import RETRYABLE_KINDS, InfrastructureError, SpecError
+from pipeline.flow import Flow, run_flow
+from pipeline.generate import GenerateSettings
+from pipeline.lease import Lease, acquire_lease
+from pipeline.ledger import Ledger
+from pipeline.monitor import start_monitor
+from pipeline.parts import read_part
+from pipeline.resume import fingerprint_digest
+from pipeline.storage import Store
+from pipeline.templating import TemplateStage
+
+SEED = "_run/seed.json"
+SPEC = "_run/spec.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to treat what is there."""
+
+    retry_failed: bool = True
+    """Do rows again that failed in an earlier execution for reasons that may have passed."""
+    only_failed: bool = False
+    """Do nothing but that, and for rows that failed for whatever reason."""
+    statuses: tuple[str, ...] = ("failed",)
+    """Which rows a retry does again."""
+    kinds: tuple[str, ...] | None = None
+    """Only rows with these error kinds; None for any."""
+    quiet: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one execution has to do."""
+
+    shards: tuple[int, ...]
+    """Not committed yet."""
+    retry_rows: dict[int, list[int]] = field(default_factory=dict)
+    """Shard -> rows (numbers within the file) to do again."""
+
+    @property
+    def num_retry_rows(self) -> int:
+        """Committed rows to do again."""
+        return sum(map(len, self.retry_rows.values()))
+
+    def num_rows(self, job: PreparedJob) -> int:
+        """Rows that an engine will see."""
+        return sum(job.plan.shard(index).num_rows for index in self.shards) + self.num_retry_rows
+
+
+def run_job(
+    job: PreparedJob,
+    options: RunOptions,
+    *,
+    say: Callable[[str], None],
+    pools: list[PoolPlan] | None = None,
+) -> dict[str, Any]:
+    """Execute the job and return its summary, whose `exit_code` is the process's.
+
+    Args:
+        job: from `prepare`.
+        options: what to do about earlier executions.
+        say: prints one line for people.
+        pools: what to run instead of the spec's own pools.
+
+    Raises:
+        RunError: nothing could be done at all; `exit_code` says why. Once work began, failures are in the summary.
+    """
+    store = Store(job.spec.output.path)
+    TemplateStage(job.template).close()  # finds broken templates and tokenizers before anything is written
+    execution = Execution(run_id=uuid.uuid4().hex[:8])
+    with acquire_lease(store, run_id=execution.run_id) as lease:
+        return _execute(job, options, store, lease, execution, say, pools)
+
+
+def _execute(
+    job: PreparedJob,
+    options: RunOptions,
+    store: Store,
+    lease: Lease,
+    execution: Execution,
+    say: Callable[[str], None],
+    pools: list[PoolPlan] | None,
+) -> dict[str, Any]:
+    began = time.monotonic()
+    ledger = Ledger(store, lease=lease)
+    if options.only_failed and ledger.fingerprint() is None:
+        raise SpecError(f"output.path {store.root} holds no run, so there is nothing to retry; use `tramontane run`")
+    opened = ledger.open_run(job.plan, job.fingerprint, resume=job.spec.output.resume)
+    job = job.with_plan(opened.plan)
+    before = ledger.totals()
+    work = find_work(ledger, job, before, options)
+    say(opening_line(execution.run_id, job, before, work, store))
+    status, exit_code = "done", 0
+    if work.shards or work.retry_rows:
+        if not options.only_failed:
+            store.put(SPEC, job.spec.model_dump_json(indent=1).encode())
+        ledger.record_event("started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_retry_rows)
+        status, exit_code = _generate(job, work, ledger, execution, before, options, pools)
+    execution.timings["total_s"] = time.monotonic() - began
+    return _finish(job, ledger, lease, execution, status=status, exit_code=exit_code)
+
+
+def find_work(ledger: Ledger, job: PreparedJob, before: RunCounters, options: RunOptions) -> Work:
+    """Which shards are missing, and which rows of committed parts to do again."""
+    shards = () if options.only_failed else tuple(ledger.todo())
+    if not (options.only_failed or options.retry_failed):
+        return Work(shards)
+    kinds: Sequence[str] | None = options.kinds
+    if kinds is None and not options.only_failed:
+        kinds = sorted(RETRYABLE_KINDS)
+    if not any(before.totals.samples.get(status, 0) for status in options.statuses):
+        return Work(shards)
+    retry: dict[int, list[int]] = {}
+    for index in ledger.failed_parts(statuses=options.statuses, kinds=kinds):
+        rows = rows_to_retry(ledger.store, job.plan.shard(index).part_name, options.statuses, kinds)
+        if rows:
+            retry[index] = rows
+    return Work(shards, retry)
+
+
+def rows_to_retry(store: Store, part_name: str, statuses: Sequence[str], kinds: Sequence[str] | None) -> list[int]:
+    """Rows of a part of which any sample has one of these statuses and, if given, error kinds; in order."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = read_part(store, part_name)
+    wanted = pc.is_in(table.column("status").cast(pa.string()), value_set=pa.array(list(statuses), pa.string()))
+    if kinds is not None:
+        kind = pc.struct_field(table.column("error"), "kind")
+        wanted = pc.and_(wanted, pc.fill_null(pc.is_in(kind, value_set=pa.array(list(kinds), pa.string())), False))  # noqa: FBT003
+    return sorted(set(table.filter(wanted).column("input_row").to_pylist()))
+
+
+def opening_line(run_id: str, job: PreparedJob, before: RunCounters, work: Work, store: Store) -> str:
+    """What is already there and what will be done."""
+    total, done = job.plan.num_rows, before.totals.num_rows
+    if not work.shards and not work.retry_rows:
+        return f"nothing to do: all {done:,} of {total:,} rows are committed in {store.root}"
+    if not done:
+        return f"run {run_id}: {total:,} rows in {job.plan.num_shards:,} shards -> {store.root}"
+    retried = f", {work.num_retry_rows:,} failed rows will be retried" if work.retry_rows else ""
+    return f"run {run_id} resumes {store.root}: {done:,} of {total:,} rows already committed{retried}"
+
+
+def _generate(
+    job: PreparedJob,
+    work: Work,
+    ledger: Ledger,
+    execution: Execution,
+    before: RunCounters,
+    options: RunOptions,
+    pools: list[PoolPlan] | None,
+) -> tuple[str, int]:
+    """Run fleet and flow; returns the run's status and exit code, and fills in `execution`."""
+    spec = job.spec
+    pools = pools or pool_plans(spec.fleet, spec.model, model_path=job.model.path, moe=job.moe)
+    flow = make_flow(job, ledger, job_seed(ledger.store, spec.sampling.seed), window=256 * len(pools))
+    began = time.monotonic()
+    with local_ray(), ProgressDisplay(ledger.store, quiet=options.quiet) as display:
+        monitor = start_monitor()
+        fleet = start_fleet(
+            pools,
+            keep_expert_ids=spec.routing.level == "tokens",
+            request_timeout_s=spec.limits.request_timeout_s,
+        )
+        supervisor = Supervisor(
+            job, execution, fleet, monitor, display, rows_before=before.totals, rows_to_do=work.num_rows(job)
+        )
+
+        def flows() -> None:
+            if work.shards:
+                run_flow(flow, work.shards, fleet=fleet, monitor=monitor)
+            if work.retry_rows and supervisor.goes_on:
+                rows, statuses = work.retry_rows, options.statuses
+                run_flow(flow, sorted(rows), fleet=fleet, monitor=monitor, rows=rows, retried_statuses=statuses)
+
+        outcome = supervisor.run(flows)
+    execution.timings["execute_s"] = time.monotonic() - began
+    return outcome
+
+
+def make_flow(job: PreparedJob, ledger: Ledger, seed: int, *, window: int) -> Flow:
+    """Put the data path's settings together."""
+    return Flow(
+        plan=job.plan,
+        user_schema=job.read_schema,
+        template=job.template,
+        generate=GenerateSettings(
+            seed=seed,
+            input_root=job.input_root,
+            schema=job.output_schema,
+            routing=job.spec.routing,
+            limits=job.spec.limits,
+            moe=job.moe,
+        ),
+        store=ledger.store,
+        fingerprint=fingerprint_digest(job.fingerprint),
+        window=window,
+    )
+
+
+def job_seed(store: Store, seed: int | None) -> int:
+    """The spec's seed, or one drawn when the run began: a resumed run goes on with the same."""
+    if seed is not None:
+        return seed
+    try:
+        store.create(SEED, json.dumps({"seed": secrets.randbits(62)}).encode())
+    except FileExistsError:
+        pass
+    return int(json.loads(store.read(SEED))["seed"])
+
+
+def _finish(
+    job: PreparedJob, ledger: Ledger, lease: Lease, execution: Execution, *, status: str, exit_code: int
+) -> dict[str, Any]:
+    totals = ledger.totals()
+    missing = job.plan.num_rows - totals.totals.num_rows
+    if status == "done" and missing:
+        raise InfrastructureError(
+            f"the run ended without an error, but {missing:,} of {job.plan.num_rows:,} rows have no result; "
+            "rerun the same command, and report this: it should be impossible"
+        )
+    if status == "done" and job.too_many_failed(totals.totals.samples.get("failed", 0)):
+        status, exit_code = "too_many_failures", 1
+    lease.check()
+    ledger.record_event("ended", run_id=execution.run_id, status=status, exit_code=exit_code)
+    if totals.totals.num_rows == 0 and job.plan.num_rows:
+        return build_summary(job, totals, execution, status=status, exit_code=exit_code)
+    return write_summary(ledger.store, job, totals, execution, status=status, exit_code=exit_code)

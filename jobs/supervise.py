@@ -1,0 +1,184 @@
+"""Watches a run while it works: progress, too many failures, interrupts, and how it ends.
+
+The flow runs on a thread of its own, so that signals and the clock are always heard. Talks to the run through its
+monitor only: it gives orders and never touches a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jobs.prepare import PreparedJob
+from jobs.progress import ProgressDisplay, ProgressTracker
+from jobs.summary import Execution
+from pipeline.counters import RowTotals
+from pipeline.errors import InfrastructureError, RunError
+from pipeline.monitor import Figures
+
+logger = logging.getLogger(__name__)
+
+LOOK_INTERVAL_S = 0.25
+ABANDON_GRACE_S = 10.0
+"""How long a flow may take to end after everything unfinished was dropped."""
+
+
+class Supervisor:
+    """One execution's watch."""
+
+    def __init__(
+        self,
+        job: PreparedJob,
+        execution: Execution,
+        fleet: Any,
+        monitor: Any,
+        display: ProgressDisplay,
+        *,
+        rows_before: RowTotals,
+        rows_to_do: int,
+    ) -> None:
+        self._job = job
+        self._execution = execution
+        self._fleet = fleet
+        self._monitor = monitor
+        self._display = display
+        self._failed_before = rows_before.samples.get("failed", 0)
+        self._tracker = ProgressTracker(
+            run_id=execution.run_id,
+            rows_total=job.plan.num_rows,
+            rows_before=job.plan.num_rows - rows_to_do,
+            failed_before=self._failed_before,
+            replicas_wanted=job.num_replicas,
+        )
+        self._retrying = rows_to_do + rows_before.num_rows > job.plan.num_rows
+        self._interrupts = 0
+        self._reason: tuple[str, int] | None = None
+        self._drain_deadline: float | None = None
+        self._abandoned_at: float | None = None
+        self._error: BaseException | None = None
+        self._figures = Figures()
+        self._first_row_at: float | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether nothing has ordered the run to end early."""
+        return self._reason is None
+
+    def run(self, flows: Callable[[], None]) -> tuple[str, int]:
+        """Run the flow to its end; returns the run's status and exit code.
+
+        Raises:
+            RunError: the flow failed.
+        """
+        began = time.monotonic()
+        thread = threading.Thread(target=self._guard, args=(flows,), name="flow", daemon=True)
+        with self._signals():
+            thread.start()
+            while thread.is_alive() and not self._given_up():
+                thread.join(LOOK_INTERVAL_S)
+                self._look(thread)
+        self._note_fleet()
+        generate_began = self._first_row_at or began
+        self._execution.timings["start_s"] = generate_began - began
+        self._execution.timings["generate_s"] = time.monotonic() - generate_began
+        if self._reason is not None:
+            return self._reason
+        if self._error is not None:
+            raise self._as_run_error(self._error) from self._error
+        return "done", 0
+
+    def _guard(self, flows: Callable[[], None]) -> None:
+        try:
+            flows()
+        except BaseException as error:  # noqa: BLE001  the thread's boundary: raised again by `run`
+            self._error = error
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Hear SIGINT and SIGTERM; installed here because `ray.init` replaces handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, self._interrupt)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _interrupt(self, *_: object) -> None:
+        self._interrupts += 1
+        if self._reason is None:
+            self._reason = ("interrupted", 130)
+
+    def _given_up(self) -> bool:
+        return self._abandoned_at is not None and time.monotonic() - self._abandoned_at > ABANDON_GRACE_S
+
+    def _look(self, thread: threading.Thread) -> None:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._figures = ray.get(self._monitor.read.remote(), timeout=5)
+        if self._first_row_at is None and self._figures.replicas_up:
+            self._first_row_at = time.monotonic()
+        failed = self._figures.rows_failed + (0 if self._retrying else self._failed_before)
+        if self._reason is None and self._job.too_many_failed(failed):
+            self._reason = ("too_many_failures", 1)
+        self._give_orders()
+        state = "ended" if not thread.is_alive() else "draining" if self._reason else "running"
+        if state == "running" and not self._figures.replicas_up:
+            state = "starting"
+        self._display.show(self._tracker.look(self._figures, state), final=state == "ended")
+
+    def _give_orders(self) -> None:
+        if self._reason is None:
+            return
+        now = time.monotonic()
+        if self._drain_deadline is None:
+            self._drain_deadline = now + self._job.spec.limits.drain_timeout_s
+            self._monitor.give_order.remote("drain")
+        if self._abandoned_at is None and (self._interrupts > 1 or now > self._drain_deadline):
+            self._abandoned_at = now
+            self._monitor.give_order.remote("abandon")
+
+    def _note_fleet(self) -> None:
+        import ray
+
+        execution = self._execution
+        execution.rows_done = self._figures.rows_done
+        execution.input_tokens = self._figures.input_tokens
+        execution.generated_tokens = self._figures.generated_tokens
+        execution.versions = {"ray": ray.__version__}
+        with contextlib.suppress(ray.exceptions.RayError):
+            status = ray.get(self._fleet.status.remote(), timeout=10)
+            execution.replica_losses = status["losses"]
+            execution.versions |= status["versions"]
+            if status["verdict"] is not None and self._error is not None:
+                error = RunError(status["verdict"])
+                error.exit_code = status["verdict_exit_code"]
+                self._error = error
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._fleet.stop.remote(), timeout=10)
+
+    @staticmethod
+    def _as_run_error(error: BaseException) -> RunError:
+        """Find what this program raised inside the layers that Ray wraps around it."""
+        cause: BaseException | None = error
+        for _ in range(20):
+            if cause is None:
+                break
+            if isinstance(cause, RunError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
+        logger.debug("the flow failed", exc_info=error)
+        first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+        return InfrastructureError(
+            f"{type(error).__name__}: {first_line[:500]}; what is committed is safe: rerun the same command"
+        )

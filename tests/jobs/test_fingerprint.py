@@ -1,0 +1,140 @@
+"""The fingerprint changes with every field that changes results, and with no other."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from jobs.fingerprint import NEUTRAL_ENGINE_ARGS, Change, changed_fields, fingerprint_fields
+from jobs.spec import parse_spec
+from jobs.spec_fields import all_fields
+
+BASE = """
+name: job
+model: {source: org/model}
+input: {path: in.parquet}
+prompt: {template: "{{ text }}"}
+output: {path: out}
+"""
+MODEL = {"commit": "abc", "config_sha256": "1"}
+INPUT = {"files": [["in.parquet", 10, "etag"]]}
+
+NEUTRAL = [
+    "name=other",
+    "output.path=elsewhere",
+    "output.resume=always",
+    "limits.max_failed_fraction=0.5",
+    "limits.request_timeout_s=1",
+    "limits.max_attempts=1",
+    "limits.hang_timeout_s=1",
+    "limits.drain_timeout_s=1",
+    "fleet.pools[0].gpu=H100-80GB",
+    "fleet.pools[0].replicas=7",
+    "fleet.pools[0].tensor_parallel=2",
+    "fleet.pools=[{gpu: A100-80GB}, {gpu: H100-80GB, engine_args: {max_num_seqs: 9}}]",
+    "model.engine_args={max_num_seqs: 8}",
+    "fleet.pools[0].engine_args={load_format: dummy}",
+]
+COUNTING = {
+    "model.source": "other/model",
+    "model.revision": "abc",
+    "model.dtype": "float32",
+    "model.max_model_len": "1024",
+    "input.path": "b.parquet",
+    "input.id": "key",
+    "input.limit": "5",
+    "prompt.messages": "chat",
+    "prompt.template": "'{{ other }}'",
+    "prompt.system": "Be brief",
+    "prompt.examples": "[{user: a, assistant: b}]",
+    "prompt.safe_prompt": "true",
+    "prompt.marker_text": "reject",
+    "sampling.n": "2",
+    "sampling.temperature": "0.5",
+    "sampling.top_p": "0.5",
+    "sampling.top_k": "5",
+    "sampling.min_p": "0.5",
+    "sampling.presence_penalty": "1",
+    "sampling.frequency_penalty": "1",
+    "sampling.repetition_penalty": "2",
+    "sampling.max_tokens": "9",
+    "sampling.min_tokens": "1",
+    "sampling.seed": "2",
+    "sampling.stop": "[x]",
+    "sampling.ignore_eos": "true",
+    "sampling.logprob": "true",
+    "sampling.fit": "true",
+    "sampling.column": "s",
+    "output.keep": "none",
+    "routing.level": "tokens",
+    "routing.slice_by": "domain",
+}
+
+
+def fields(*overrides: str, **identity: dict[str, Any]) -> dict[str, str]:
+    spec = parse_spec(BASE, name="job.yaml", overrides=overrides)
+    return fingerprint_fields(
+        spec, model_identity=identity.get("model", MODEL), input_identity=identity.get("inputs", INPUT)
+    )
+
+
+@pytest.mark.parametrize("override", NEUTRAL)
+def test_neutral_change_keeps_the_fingerprint(override: str) -> None:
+    assert changed_fields(fields(), fields(override)) == []
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL_ENGINE_ARGS))
+def test_neutral_engine_argument_keeps_the_fingerprint(name: str) -> None:
+    spec = parse_spec(BASE, name="job.yaml")
+    tuned = spec.model_copy(update={"model": spec.model.model_copy(update={"engine_args": {name: 1}})})
+    changed = fingerprint_fields(tuned, model_identity=MODEL, input_identity=INPUT)
+    assert changed_fields(fields(), changed) == []
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_change_of_results_is_named(name: str) -> None:
+    overrides = [f"{name}={COUNTING[name]}"] + (["prompt.template=null"] if name == "prompt.messages" else [])
+    names = [change.field for change in changed_fields(fields(), fields(*overrides))]
+    assert name in names
+    assert set(names) <= {name, "prompt.template"}
+
+
+def test_every_field_of_the_spec_is_known_to_count_or_to_be_neutral() -> None:
+    known = {*COUNTING, *(text.partition("=")[0].replace("[0]", "") for text in NEUTRAL)}
+    known |= {"prompt.examples.user", "prompt.examples.assistant"}
+    leaves = {node.dotted for node in all_fields() if not node.children}
+    assert leaves <= known
+
+
+@pytest.mark.parametrize("owner", ["model", "fleet.pools[0]"])
+def test_engine_argument_that_nobody_declared_neutral_counts(owner: str) -> None:
+    changes = changed_fields(fields(), fields(f"{owner}.engine_args.quantization=fp8"))
+    assert changes == [Change("engine_args.quantization", None, '"fp8"')]
+
+
+def test_pools_that_compute_differently_count() -> None:
+    pools = "[{gpu: A100-80GB}, {gpu: H100-80GB, engine_args: {quantization: fp8}}]"
+    changes = changed_fields(fields(), fields(f"fleet.pools={pools}"))
+    assert changes == [Change("engine_args.quantization", None, '"fp8" | not set')]
+
+
+def test_moving_an_engine_argument_to_the_pool_changes_nothing() -> None:
+    here, there = fields("model.engine_args.quantization=fp8"), fields("fleet.pools[0].engine_args.quantization=fp8")
+    assert changed_fields(here, there) == []
+
+
+def test_changed_model_and_input_files_are_named() -> None:
+    other = fields(model={**MODEL, "commit": "def"}, inputs={"files": [["in.parquet", 11, "etag"]]})
+    assert [change.field for change in changed_fields(fields(), other)] == ["input_files.files", "model_files.commit"]
+
+
+def test_long_values_are_cut_and_still_told_apart() -> None:
+    first, second = fields(f"prompt.system={'x' * 5000}a"), fields(f"prompt.system={'x' * 5000}b")
+    assert len(first["prompt.system"]) < 600
+    assert [change.field for change in changed_fields(first, second)] == ["prompt.system"]
+
+
+def test_fields_survive_json() -> None:
+    assert json.loads(json.dumps(fields())) == fields()
