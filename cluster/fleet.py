@@ -7,6 +7,7 @@ replicas only: what became of their rows is dispatch's business.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ class PoolPlan:
     name: str
     num_replicas: int
     engine: EngineConfig
+    max_num_seqs: int = 64
+    """Sequences that the engine runs at once, for sizing what is kept ready for it."""
     env: dict[str, str] = field(default_factory=dict)
     num_cpus: float = 0
     num_gpus: float = 0
@@ -67,10 +70,8 @@ class Fleet:
     async def watch(self, version: int, wait_s: float) -> Membership:
         """Return who is alive; see `pipeline.membership.Membership`."""
         if version == self._version:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), wait_s)
-            except TimeoutError:
-                pass
         return Membership(self._version, dict(self._members), self._verdict)
 
     async def report(self, replica: str, kind: str, message: str) -> None:
@@ -165,3 +166,12 @@ def start_fleet(pools: list[PoolPlan], *, keep_expert_ids: bool, request_timeout
     fleet = actor.remote(pools, keep_expert_ids=keep_expert_ids, request_timeout_s=request_timeout_s)
     ray.get(fleet.start.remote())
     return fleet
+
+
+def stop_fleet(fleet: Any) -> None:
+    """Kill all replicas and the fleet itself; it is no error when some are gone already."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(fleet.stop.remote(), timeout=30)
+    ray.kill(fleet)

@@ -37,6 +37,7 @@ def pool_plans(fleet: FleetSettings, model: ModelSettings, *, model_path: str, m
                 name=f"{pool.gpu}-{index}",
                 num_replicas=pool.replicas,
                 engine=engine,
+                max_num_seqs=engine.max_num_seqs,
                 env=engine.environment(),
                 num_gpus=0 if on_cpu else pool.tensor_parallel,
             )

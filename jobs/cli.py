@@ -23,7 +23,7 @@ app = typer.Typer(
 SpecPath = Annotated[Path, typer.Argument(help="The job's YAML file.", metavar="SPEC")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a field: --set sampling.temperature=0", metavar="FIELD=VALUE"),
+    typer.Option("--set", help="Override a field, e.g. sampling.temperature=0", metavar="FIELD=VALUE"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
@@ -104,9 +104,7 @@ def validate(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = Fals
 def plan(
     spec: SpecPath,
     overrides: Overrides = None,
-    sample: Annotated[
-        int, typer.Option(min=1, help="Rows to tokenize for the estimate; fewer rows are counted exactly.")
-    ] = 2000,
+    sample: Annotated[int, typer.Option(min=1, help="Rows to tokenize; fewer are counted exactly.")] = 2000,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would do: files, rows, tokens, shards, what is already done. Touches nothing.

@@ -6,7 +6,6 @@ begin here, so they agree. Whatever is wrong with spec or input is found here an
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -57,6 +56,11 @@ class PreparedJob:
     def with_plan(self, plan: Plan) -> PreparedJob:
         """The same job by another plan: a resumed run works by the one it began with."""
         return replace(self, plan=plan)
+
+    def tolerating_failures(self) -> PreparedJob:
+        """The same job, for a look at some rows: however many fail, it goes on."""
+        limits = self.spec.limits.model_copy(update={"max_failed_fraction": 1.0})
+        return replace(self, spec=self.spec.model_copy(update={"limits": limits}))
 
     def too_many_failed(self, num_failed: int) -> bool:
         """Whether so many failed rows are more than `limits.max_failed_fraction` of the whole run allows."""
@@ -114,7 +118,7 @@ def routing_off_reason(spec: JobSpec, model: ModelFiles) -> str | None:
         return f"{model.architecture} is a dense model: it has no router"
     if spec.routing.level == "tokens" and model.moe.num_experts > 256:
         raise SpecError(
-            f"routing.level tokens stores expert ids as bytes, but the model has {model.moe.num_experts} experts; use counts"
+            f"routing.level tokens stores ids as bytes, but there are {model.moe.num_experts} experts; use counts"
         )
     return None
 
@@ -122,8 +126,10 @@ def routing_off_reason(spec: JobSpec, model: ModelFiles) -> str | None:
 def common_folder(paths: list[str]) -> str:
     """Longest folder that contains all paths, with its final slash; URLs and local paths alike."""
     folders = [path.rpartition("/")[0].split("/") for path in paths]
-    shared = os.path.commonprefix(folders) if folders else []
-    return "/".join([*shared, ""])
+    shared = 0
+    while folders and all(shared < len(f) and f[shared] == folders[0][shared] for f in folders):
+        shared += 1
+    return "/".join([*folders[0][:shared], ""]) if folders else ""
 
 
 def _named_columns(spec: JobSpec) -> set[str]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from pipeline.monitor import Figures
 from pipeline.storage import Store
@@ -48,7 +48,8 @@ class Progress:
         share = self.rows_done / self.rows_total if self.rows_total else 1.0
         eta = "ETA -" if self.eta_s is None else f"ETA {duration(self.eta_s)}"
         return (
-            f"{self.state:<8} {self.rows_done:,} of {self.rows_total:,} rows ({share:.0%}) | failed {self.rows_failed:,} | "
+            f"{self.state:<8} {self.rows_done:,} of {self.rows_total:,} rows ({share:.0%}) | "
+            f"failed {self.rows_failed:,} | "
             f"tokens/s in {self.input_tokens_per_s:,.0f} out {self.output_tokens_per_s:,.0f} | "
             f"replicas {self.replicas_up}/{self.replicas_wanted} | {eta}"
         )
@@ -120,7 +121,7 @@ class ProgressDisplay:
         self._next_line = time.monotonic() + LINE_INTERVAL_S
         self._next_file = 0.0
 
-    def __enter__(self) -> ProgressDisplay:
+    def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,23 +18,44 @@ OBJECT_STORE_BYTES = 1 << 30
 def local_ray() -> Iterator[None]:
     """Start Ray for the duration of the block.
 
-    Always `address="local"`: a bare `ray.init()` joins any Ray that happens to run on the machine.
+    Always `address="local"`: a bare `ray.init()` joins any Ray that happens to run on the machine. A caller that has
+    started Ray in this process keeps it.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's C++ layer prints an error for every actor pool of Ray Data (ray#53727), straight to standard error.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=max(LOGICAL_CPUS, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
+    if ray.is_initialized():
+        yield
+        return
+    with _without_log_banner():
+        ray.init(
+            address="local",
+            num_cpus=max(LOGICAL_CPUS, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_log_banner() -> Iterator[None]:
+    """Hold back what Ray's C++ layer writes to standard error meanwhile; show all but its word on its own log level."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if b"Set ray log level from" not in line))

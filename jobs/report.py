@@ -20,20 +20,21 @@ def id_warnings(job: PreparedJob) -> list[str]:
     if report is None or not (report.nulls or report.duplicates):
         return []
     looked = "" if report.complete else f" among the first {report.checked_rows:,} rows"
-    return [
-        f"warning: id column {job.spec.input.id!r} has {report.nulls:,} nulls and {report.duplicates:,} duplicates{looked}; "
-        "rows are identified by (input_file, input_row), so none is lost, but don't join on that column"
-    ]
+    warning = (
+        f"warning: id column {job.spec.input.id!r} has {report.nulls:,} nulls and {report.duplicates:,} duplicates"
+        f"{looked}; rows are identified by (input_file, input_row), so none is lost, but don't join on that column"
+    )
+    return [warning]
 
 
 def closing_lines(job: PreparedJob, summary: dict[str, Any], *, command: str) -> list[str]:
     """The end of a run, in a few lines."""
     counts, tokens, this = summary["counts"], summary["tokens"], summary["this_execution"]
     rates = this["rates"]
+    by_status = ", ".join(f"{counts[name]:,} {name}" for name in ("ok", "truncated", "invalid", "failed"))
     lines = [
         f"{ABOUT_STATUS.get(summary['status'], summary['status'])} in {duration(this['timings'].get('total_s', 0.0))}",
-        f"  rows      {counts['committed_rows']:,} of {counts['input_rows']:,} committed: {counts['ok']:,} ok, "
-        f"{counts['truncated']:,} truncated, {counts['invalid']:,} invalid, {counts['failed']:,} failed",
+        f"  rows      {counts['committed_rows']:,} of {counts['input_rows']:,} committed: {by_status}",
         f"  tokens    {tokens['input']:,} in ({tokens['cached']:,} cached), {tokens['generated']:,} out",
     ]
     if rates:

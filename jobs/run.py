@@ -8,6 +8,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
@@ -16,14 +17,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.fleet import PoolPlan, start_fleet
+from cluster.fleet import PoolPlan, start_fleet, stop_fleet
 from cluster.pools import pool_plans
 from jobs.prepare import PreparedJob
 from jobs.progress import ProgressDisplay
 from jobs.ray_session import local_ray
-from jobs.summary import Execution, build_summary, write_summary
+from jobs.summary import Execution, build_summary, read_summary, write_summary
 from jobs.supervise import Supervisor
-from pipeline.counters import RunCounters
+from pipeline.counters import RowTotals, RunCounters
+from pipeline.dispatcher import WINDOW_FACTOR
 from pipeline.errors import RETRYABLE_KINDS, InfrastructureError, SpecError
 from pipeline.flow import Flow, run_flow
 from pipeline.generate import GenerateSettings
@@ -55,22 +57,33 @@ class RunOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Engines:
+    """What generates, when it isn't the spec's own pools, started for the run."""
+
+    fleet: Any = None
+    """A live fleet, left running."""
+    pools: list[PoolPlan] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What one execution has to do."""
 
     shards: tuple[int, ...]
     """Not committed yet."""
-    retry_rows: dict[int, list[int]] = field(default_factory=dict)
-    """Shard -> rows (numbers within the file) to do again."""
+    rows: dict[int, list[int]] = field(default_factory=dict)
+    """Shard -> the only rows of it to do, as row numbers within the file."""
+    retried_statuses: tuple[str, ...] | None = None
+    """Statuses that `rows` had in parts that are there; None when there are no such parts."""
 
     @property
-    def num_retry_rows(self) -> int:
-        """Committed rows to do again."""
-        return sum(map(len, self.retry_rows.values()))
+    def num_single_rows(self) -> int:
+        """Rows to do outside of whole shards."""
+        return sum(map(len, self.rows.values()))
 
     def num_rows(self, job: PreparedJob) -> int:
         """Rows that an engine will see."""
-        return sum(job.plan.shard(index).num_rows for index in self.shards) + self.num_retry_rows
+        return sum(job.plan.shard(index).num_rows for index in self.shards) + self.num_single_rows
 
 
 def run_job(
@@ -78,6 +91,7 @@ def run_job(
     options: RunOptions,
     *,
     say: Callable[[str], None],
+    fleet: Any = None,
     pools: list[PoolPlan] | None = None,
 ) -> dict[str, Any]:
     """Execute the job and return its summary, whose `exit_code` is the process's.
@@ -86,7 +100,8 @@ def run_job(
         job: from `prepare`.
         options: what to do about earlier executions.
         say: prints one line for people.
-        pools: what to run instead of the spec's own pools.
+        fleet: a live fleet to use and leave running, instead of one of the run's own.
+        pools: what to run instead of the spec's pools.
 
     Raises:
         RunError: nothing could be done at all; `exit_code` says why. Once work began, failures are in the summary.
@@ -95,7 +110,7 @@ def run_job(
     TemplateStage(job.template).close()  # finds broken templates and tokenizers before anything is written
     execution = Execution(run_id=uuid.uuid4().hex[:8])
     with acquire_lease(store, run_id=execution.run_id) as lease:
-        return _execute(job, options, store, lease, execution, say, pools)
+        return _execute(job, options, store, lease, execution, say, Engines(fleet, pools))
 
 
 def _execute(
@@ -105,7 +120,7 @@ def _execute(
     lease: Lease,
     execution: Execution,
     say: Callable[[str], None],
-    pools: list[PoolPlan] | None,
+    engines: Engines,
 ) -> dict[str, Any]:
     began = time.monotonic()
     ledger = Ledger(store, lease=lease)
@@ -117,13 +132,26 @@ def _execute(
     work = find_work(ledger, job, before, options)
     say(opening_line(execution.run_id, job, before, work, store))
     status, exit_code = "done", 0
-    if work.shards or work.retry_rows:
+    if work.shards or work.rows:
         if not options.only_failed:
             store.put(SPEC, job.spec.model_dump_json(indent=1).encode())
-        ledger.record_event("started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_retry_rows)
-        status, exit_code = _generate(job, work, ledger, execution, before, options, pools)
+        ledger.record_event(
+            "started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_single_rows
+        )
+        status, exit_code = execute_work(job, work, store, execution, before.totals, engines, quiet=options.quiet)
+    elif (finished := _already_finished(store, job, before)) is not None:
+        return finished
     execution.timings["total_s"] = time.monotonic() - began
     return _finish(job, ledger, lease, execution, status=status, exit_code=exit_code)
+
+
+def _already_finished(store: Store, job: PreparedJob, totals: RunCounters) -> dict[str, Any] | None:
+    """The summary of a run to which nothing was or will be added; None when it is missing or older than the parts."""
+    summary = read_summary(store)
+    if summary is None or summary["status"] not in ("done", "too_many_failures"):
+        return None
+    current = build_summary(job, totals, Execution(summary["run_id"]), status="done", exit_code=0)
+    return summary if summary["counts"] == current["counts"] else None
 
 
 def find_work(ledger: Ledger, job: PreparedJob, before: RunCounters, options: RunOptions) -> Work:
@@ -141,7 +169,7 @@ def find_work(ledger: Ledger, job: PreparedJob, before: RunCounters, options: Ru
         rows = rows_to_retry(ledger.store, job.plan.shard(index).part_name, options.statuses, kinds)
         if rows:
             retry[index] = rows
-    return Work(shards, retry)
+    return Work(shards, retry, options.statuses)
 
 
 def rows_to_retry(store: Store, part_name: str, statuses: Sequence[str], kinds: Sequence[str] | None) -> list[int]:
@@ -160,52 +188,61 @@ def rows_to_retry(store: Store, part_name: str, statuses: Sequence[str], kinds: 
 def opening_line(run_id: str, job: PreparedJob, before: RunCounters, work: Work, store: Store) -> str:
     """What is already there and what will be done."""
     total, done = job.plan.num_rows, before.totals.num_rows
-    if not work.shards and not work.retry_rows:
+    if not work.shards and not work.rows:
         return f"nothing to do: all {done:,} of {total:,} rows are committed in {store.root}"
     if not done:
         return f"run {run_id}: {total:,} rows in {job.plan.num_shards:,} shards -> {store.root}"
-    retried = f", {work.num_retry_rows:,} failed rows will be retried" if work.retry_rows else ""
+    retried = f", {work.num_single_rows:,} failed rows will be retried" if work.rows else ""
     return f"run {run_id} resumes {store.root}: {done:,} of {total:,} rows already committed{retried}"
 
 
-def _generate(
+def execute_work(
     job: PreparedJob,
     work: Work,
-    ledger: Ledger,
+    store: Store,
     execution: Execution,
-    before: RunCounters,
-    options: RunOptions,
-    pools: list[PoolPlan] | None,
+    before: RowTotals,
+    engines: Engines,
+    *,
+    quiet: bool = False,
 ) -> tuple[str, int]:
-    """Run fleet and flow; returns the run's status and exit code, and fills in `execution`."""
+    """Start Ray and the fleet, do the work, and end both; fills in `execution`, returns the status and exit code.
+
+    Raises:
+        RunError: the flow or the fleet failed; what was committed stays.
+    """
+    import ray
+
     spec = job.spec
-    pools = pools or pool_plans(spec.fleet, spec.model, model_path=job.model.path, moe=job.moe)
-    flow = make_flow(job, ledger, job_seed(ledger.store, spec.sampling.seed), window=256 * len(pools))
-    began = time.monotonic()
-    with local_ray(), ProgressDisplay(ledger.store, quiet=options.quiet) as display:
+    pools = engines.pools or pool_plans(spec.fleet, spec.model, model_path=job.model.path, moe=job.moe)
+    window = WINDOW_FACTOR * sum(pool.num_replicas * pool.max_num_seqs for pool in pools)
+    flow = make_flow(job, store, job_seed(store, spec.sampling.seed), window=window)
+    with local_ray(), ProgressDisplay(store, quiet=quiet) as display:
         monitor = start_monitor()
-        fleet = start_fleet(
+        fleet = engines.fleet or start_fleet(
             pools,
             keep_expert_ids=spec.routing.level == "tokens",
             request_timeout_s=spec.limits.request_timeout_s,
         )
-        supervisor = Supervisor(
-            job, execution, fleet, monitor, display, rows_before=before.totals, rows_to_do=work.num_rows(job)
-        )
+        rows_to_do = work.num_rows(job)
+        supervisor = Supervisor(job, execution, fleet, monitor, display, rows_before=before, rows_to_do=rows_to_do)
 
         def flows() -> None:
             if work.shards:
                 run_flow(flow, work.shards, fleet=fleet, monitor=monitor)
-            if work.retry_rows and supervisor.goes_on:
-                rows, statuses = work.retry_rows, options.statuses
+            if work.rows and supervisor.goes_on:
+                rows, statuses = work.rows, work.retried_statuses
                 run_flow(flow, sorted(rows), fleet=fleet, monitor=monitor, rows=rows, retried_statuses=statuses)
 
-        outcome = supervisor.run(flows)
-    execution.timings["execute_s"] = time.monotonic() - began
-    return outcome
+        try:
+            return supervisor.run(flows)
+        finally:
+            if engines.fleet is None:
+                stop_fleet(fleet)
+            ray.kill(monitor)
 
 
-def make_flow(job: PreparedJob, ledger: Ledger, seed: int, *, window: int) -> Flow:
+def make_flow(job: PreparedJob, store: Store, seed: int, *, window: int) -> Flow:
     """Put the data path's settings together."""
     return Flow(
         plan=job.plan,
@@ -219,7 +256,7 @@ def make_flow(job: PreparedJob, ledger: Ledger, seed: int, *, window: int) -> Fl
             limits=job.spec.limits,
             moe=job.moe,
         ),
-        store=ledger.store,
+        store=store,
         fingerprint=fingerprint_digest(job.fingerprint),
         window=window,
     )
@@ -229,10 +266,8 @@ def job_seed(store: Store, seed: int | None) -> int:
     """The spec's seed, or one drawn when the run began: a resumed run goes on with the same."""
     if seed is not None:
         return seed
-    try:
+    with contextlib.suppress(FileExistsError):
         store.create(SEED, json.dumps({"seed": secrets.randbits(62)}).encode())
-    except FileExistsError:
-        pass
     return int(json.loads(store.read(SEED))["seed"])
 
 

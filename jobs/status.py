@@ -37,7 +37,9 @@ def read_status(output: str) -> dict[str, Any]:
         "shards": plan.num_shards,
         "committed_shards": plan.num_shards - len(todo),
         "committed_rows": plan.num_rows - sum(plan.shard(index).num_rows for index in todo),
-        "owner": None if owner is None else {"host": owner.host, "pid": owner.pid, "run_id": owner.run_id},
+        "owner": None
+        if owner is None
+        else {"host": owner.process.host, "pid": owner.process.pid, "run_id": owner.run_id},
         "progress": _read_progress(store),
         "summary": read_summary(store),
         "last_events": ledger.events()[-5:],
@@ -46,10 +48,8 @@ def read_status(output: str) -> dict[str, Any]:
 
 def status_lines(report: dict[str, Any]) -> list[str]:
     """The same for people."""
-    lines = [
-        f"{report['output']}: {report['committed_rows']:,} of {report['rows']:,} rows committed, "
-        f"{report['committed_shards']:,} of {report['shards']:,} shards"
-    ]
+    shards = f"{report['committed_shards']:,} of {report['shards']:,} shards"
+    lines = [f"{report['output']}: {report['committed_rows']:,} of {report['rows']:,} rows committed, {shards}"]
     progress, summary = report["progress"], report["summary"]
     if progress is not None and progress["state"] != "ended":
         age = time.time() - progress["updated_at"]

@@ -164,8 +164,6 @@ class Supervisor:
                 error = RunError(status["verdict"])
                 error.exit_code = status["verdict_exit_code"]
                 self._error = error
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._fleet.stop.remote(), timeout=10)
 
     @staticmethod
     def _as_run_error(error: BaseException) -> RunError:

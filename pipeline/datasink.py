@@ -22,7 +22,7 @@ from pipeline.shards import Plan
 from pipeline.storage import Store
 
 
-class PartSink(Datasink[None]):
+class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
     """Commits each shard as it arrives."""
 
     def __init__(
@@ -39,7 +39,7 @@ class PartSink(Datasink[None]):
         """Name of the operator in Ray's logs."""
         return "Parts"
 
-    def write(self, blocks: Iterable[Block], ctx: Any) -> None:
+    def write(self, blocks: Iterable[Block], ctx: Any) -> None:  # noqa: ARG002  Ray's signature
         """Commit every block that has rows; a shard that draining dropped has none."""
         for block in blocks:
             table = BlockAccessor.for_block(block).to_arrow()

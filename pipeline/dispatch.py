@@ -12,7 +12,7 @@ Guarantees:
 - every row added comes out exactly once, finished or failed, however replicas come and go.
 - no row is charged with more than `max_attempts` attempts. A death in company isn't charged to a row that has only
   one attempt left; that row runs alone next, so it is sent at most once more than it is charged.
-- with `max_attempts` of 2 or more, a row fails as `engine_crash` or `engine_hang` only when it was alone on its replica.
+- with 2 attempts or more, a row fails as `engine_crash` or `engine_hang` only when it was alone on its replica.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class DispatchBoard(Generic[RowKey]):
 
 
 def suspect_group_size(num_suspects: int, *, attempts_left: int) -> int:
-    """Rows per group so that the last of `attempts_left` attempts is a row alone, with the fewest runs in the worst case."""
+    """Rows per group so that the last of `attempts_left` attempts is a row alone, after the fewest runs."""
     if attempts_left <= 1:
         return 1
-    return max(1, math.ceil(num_suspects ** ((attempts_left - 1) / attempts_left)))
+    return max(1, math.ceil(math.pow(num_suspects, (attempts_left - 1) / attempts_left)))

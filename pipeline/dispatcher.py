@@ -1,7 +1,7 @@
 """Drives the dispatch board against live replicas: submits microbatches, polls for results, notices deaths and hangs.
 
-One dispatcher serves all shards of a run, on one event loop. It decides nothing itself: `dispatch` says what goes where,
-the fleet says who is alive. It knows rows as (shard token, position) and nothing of columns or files.
+One dispatcher serves all shards of a run, on one event loop. It decides nothing itself: `dispatch` says what goes
+where, the fleet says who is alive. It knows rows as (shard token, position) and nothing of columns or files.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Dispatcher:
                 continue
             shard.begun = True
             self._num_sent += 1
-            # The name of the attempt, not of the row: a late answer to an earlier attempt can't be taken for this one's.
+            # Names the attempt, not the row: a late answer to an earlier attempt can't be taken for this one's.
             request_id = f"{assignment.replica}/{self._num_sent}"
             self._sent[request_id] = (token, position)
             requests.append(replace(request, request_id=request_id))

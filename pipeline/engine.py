@@ -59,6 +59,9 @@ class Timing:
     total_s: float
 
 
+UNKNOWN_TIMING = Timing(0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One generated sample."""

@@ -18,7 +18,7 @@ from pipeline.engine import MoeShape, Request
 from pipeline.monitor import Figures
 from pipeline.results import ResultBuilder
 from pipeline.rows import ERROR, FILE, PROMPT_IDS, ROW, SAMPLING, SHARD
-from pipeline.sampling import row_seed
+from pipeline.sampling import row_seed, sampling_from_json
 from pipeline.settings import LimitSettings, RoutingSettings, SamplingSettings
 
 COUNTERS = "_tm_counters"
@@ -67,6 +67,7 @@ class GenerateStage:
         self._figures.rows_done += unsent
         self._figures.rows_failed += unsent
         table, counters = self._builder.build(prompts, outcomes)
+        await self._monitor.post.remote(self._figures)  # so that after the last shard the figures are exact
         return attach_counters(table, prompts.column(SHARD)[0].as_py(), counters.to_json_bytes())
 
     def _count(self, request: Request, outcome: Outcome) -> None:
@@ -96,7 +97,7 @@ def shard_requests(prompts: pa.Table, settings: GenerateSettings) -> list[Reques
     rows = prompts.column(ROW).to_pylist()
     file = prompts.column(FILE)[0].as_py().removeprefix(settings.input_root)  # a shard never crosses a file
     return [
-        Request("", row_ids, _sampling(row_sampling), row_seed(settings.seed, file, row)) if sound else None
+        _request(row_ids, _sampling(row_sampling), settings.seed, file, row) if sound else None
         for row_ids, row_sampling, sound, row in zip(ids, sampling, errors, rows, strict=True)
     ]
 
@@ -114,6 +115,9 @@ def detach_counters(table: pa.Table) -> tuple[pa.Table, int, bytes]:
     return table.drop_columns([SHARD, COUNTERS]), shard, counters
 
 
-@lru_cache(maxsize=1024)
-def _sampling(text: str) -> SamplingSettings:
-    return SamplingSettings.model_validate_json(text)
+def _request(ids: list[int], sampling: SamplingSettings, seed: int, file: str, row: int) -> Request:
+    base = seed if sampling.seed is None else sampling.seed  # a row may bring its own
+    return Request("", ids, sampling, row_seed(base, file, row))
+
+
+_sampling = lru_cache(maxsize=1024)(sampling_from_json)

@@ -40,7 +40,7 @@ _FORBIDDEN = (
 _GLOBALS = ("range", "namespace", "cycler", "joiner", "dict")
 
 
-class NullUsed(UndefinedError):  # noqa: N818  a fact about the row, not an error of the program
+class NullUsed(UndefinedError):
     """A template printed or computed with a null."""
 
 
@@ -240,6 +240,10 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
     """Answer frames until the parent closes its end."""
     import pyarrow as pa
 
+    # What the parent ignores or blocks is inherited; an interrupt is the parent's to handle, after the rows in flight.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     configuration = _read_message(source)
     if configuration is None:
         return

@@ -1,7 +1,7 @@
 """Renders the spec's Jinja templates over rows, in a child process that may be killed without harm to anything else.
 
-Owns the child's life and its limits. Knows nothing of chats or tokens, and never runs a template in this process: here
-templates are only parsed, which evaluates nothing.
+Owns which rows go to a child and when a new one is started. Knows nothing of chats or tokens, and never runs a template
+in this process: here templates are only parsed, which evaluates nothing.
 
 Guarantees:
 - one answer per row, in order: its texts, or a RowError.
@@ -12,17 +12,7 @@ Guarantees:
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import time
-import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, nodes
@@ -30,36 +20,22 @@ from jinja2.meta import TrackingCodeGenerator
 
 from pipeline import jinja_child
 from pipeline.errors import RowError, SpecError
-from pipeline.jinja_child import FAILED, HEADER, LENGTH
+from pipeline.jinja_process import STAGE, RenderLimits, RenderProcess, crashed
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-STAGE = "template"
-
 _CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 1024
+# A row takes the child about three times its size; larger ones would only be sent to fail there.
+_ROW_BYTES = 96 << 20
 # After so many rows in a row that had to be killed (2 s each) the rest of the batch is not tried: 4,096 of them would
 # take more than two hours before the run could notice that its template is no good.
 _MAX_STRIKES = 5
-# The child's own timer fires first; this is for a child that is stopped, swapped out or gone silent.
-_GRACE_S = 3.0
-_START_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenderLimits:
-    """What one row may cost. Memory is what the child may grow by, over about 70 MiB that it starts with."""
-
-    timeout_s: float = 2.0
-    memory_mib: int = 384
-    output_mib: int = 8
 
 
 class _Columns(TrackingCodeGenerator):
     """Jinja's analysis of undeclared names, without the constant folding that would run `{{ 'a' * 10**9 }}` here."""
-
-    optimizer = None
 
     def _output_child_to_const(self, *_args: Any) -> str:
         raise nodes.Impossible
@@ -90,116 +66,6 @@ def has_expressions(text: str) -> bool:
     return any(mark in text for mark in ("{{", "{%", "{#"))
 
 
-def _crash(message: str) -> RowError:
-    return RowError("template_crash", f"the template process {message}", STAGE)
-
-
-class _Child:
-    """One running child process, ready to render."""
-
-    def __init__(self, templates: Sequence[str], limits: RenderLimits) -> None:
-        self._limits = limits
-        # Nothing of our environment but what Python needs: no credentials within a template's reach.
-        kept = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TZDIR")
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-B", jinja_child.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in kept if name in os.environ} | {"LC_ALL": "C.UTF-8"},
-        )
-        self._kill = weakref.finalize(self, _end, self._process)
-        self._buffer = bytearray()
-        configuration = {
-            "templates": list(templates),
-            "timeout_s": limits.timeout_s,
-            "memory_mib": limits.memory_mib,
-            "output_mib": limits.output_mib,
-        }
-        self._send(json.dumps(configuration).encode())
-
-    def close(self) -> None:
-        self._kill()
-
-    def compiled(self) -> None:
-        """Wait for the child to have compiled its templates; raises RowError when it can't."""
-        answer = self._frame(_START_S)
-        if isinstance(answer, RowError):
-            raise answer
-
-    def render(self, table: pa.Table) -> Iterator[list[str] | RowError]:
-        """Yield one answer per row; raises RowError at the row that ends the child."""
-        self._send(_ipc_bytes(table))
-        for _ in range(table.num_rows):
-            yield self._frame(self._limits.timeout_s + _GRACE_S)
-
-    def _send(self, message: bytes) -> None:
-        assert self._process.stdin is not None  # noqa: S101  for the type checker
-        with contextlib.suppress(BrokenPipeError):  # a dead child is noticed when its answer is read
-            self._process.stdin.write(LENGTH.pack(len(message)) + message)
-            self._process.stdin.flush()
-
-    def _frame(self, patience_s: float) -> list[str] | RowError:
-        deadline = time.monotonic() + patience_s
-        self._fill(HEADER.size, deadline)
-        status, size = HEADER.unpack_from(self._buffer)
-        self._fill(HEADER.size + size, deadline)
-        payload = json.loads(bytes(self._buffer[HEADER.size : HEADER.size + size]))
-        del self._buffer[: HEADER.size + size]
-        if status == FAILED:
-            kind, message = payload
-            return RowError(kind, message, STAGE)
-        texts: list[str] = payload
-        return texts
-
-    def _fill(self, size: int, deadline: float) -> None:
-        assert self._process.stdout is not None  # noqa: S101  for the type checker
-        pipe = self._process.stdout.fileno()
-        while len(self._buffer) < size:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 or not select.select([pipe], [], [], left_s)[0]:
-                self._process.kill()
-                self._process.wait()
-                raise self._overtime()
-            data = os.read(pipe, 1 << 20)
-            if not data:
-                raise self._lost()
-            self._buffer += data
-
-    def _overtime(self) -> RowError:
-        limit_s = self._limits.timeout_s
-        return RowError("template_timeout", f"the template ran longer than the {limit_s:g} s a row may take", STAGE)
-
-    def _lost(self) -> RowError:
-        code = self._process.wait()
-        if code == -signal.SIGALRM:
-            return self._overtime()
-        # 1: Python gave up while reading the row. SIGKILL: the kernel's out-of-memory killer.
-        if code in (1, -signal.SIGABRT, -signal.SIGKILL):
-            message = f"the template needs more than {self._limits.memory_mib} MiB of memory"
-            return RowError("template_memory", message, STAGE)
-        return _crash(f"ended with exit status {code}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-    process.wait()
-
-
-def _ipc_bytes(table: pa.Table) -> bytes:
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
 class GuardedRenderer:
     """Renders a fixed set of templates over tables; not thread-safe. Close it, or drop it, to end the child."""
 
@@ -213,8 +79,8 @@ class GuardedRenderer:
         self._limits = limits or RenderLimits()
         self.columns = frozenset[str]().union(*(template_columns(text) for text in templates))
         self._strikes = 0
-        self._last_loss = _crash("was not started")
-        self._child: _Child | None = None
+        self._last_loss = crashed("was not started")
+        self._child: RenderProcess | None = None
         try:
             self._running_child()
         except RowError as error:
@@ -240,6 +106,10 @@ class GuardedRenderer:
         return answers
 
     def _render_chunk(self, chunk: pa.Table, answers: list[list[str] | RowError]) -> None:
+        if chunk.nbytes > _ROW_BYTES:
+            message = f"the row's {chunk.nbytes >> 20} MiB are more than the {_ROW_BYTES >> 20} MiB a template may read"
+            answers.append(RowError("template_memory", message, STAGE))
+            return
         start, end = len(answers), len(answers) + chunk.num_rows
         while len(answers) < end:
             if self._strikes >= _MAX_STRIKES:
@@ -256,16 +126,16 @@ class GuardedRenderer:
         """Forget the dead child; return the failure of the row that it died of."""
         self.close()
         self._strikes += 1
-        self._last_loss = error if isinstance(error, RowError) else _crash(f"can't be started: {error}")
+        self._last_loss = error if isinstance(error, RowError) else crashed(f"can't be started: {error}")
         return self._last_loss
 
     def _untried(self) -> RowError:
         message = f"not rendered: {_MAX_STRIKES} rows before it failed one after the other: {self._last_loss.message}"
         return RowError(self._last_loss.kind, message, STAGE)
 
-    def _running_child(self) -> _Child:
+    def _running_child(self) -> RenderProcess:
         if self._child is None:
-            child = _Child(self._templates, self._limits)
+            child = RenderProcess(self._templates, self._limits)
             child.compiled()
             self._child = child
         return self._child

@@ -160,7 +160,7 @@ class Ledger:
         return None if data is None else _parse(self.store, PLAN, data, Plan.from_json)
 
     def _sweep(self) -> None:
-        for folder in (DATA, RUN, EVENTS):
+        for folder in ("", DATA, RUN, EVENTS, "routing"):
             self.store.sweep(folder)
 
     def _read(self, name: str) -> bytes | None:

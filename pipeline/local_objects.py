@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import time
 import uuid
 
 from pipeline.errors import SpecError
 
+# Exactly what `_write_temporary` makes: an output may lie in a folder that holds other people's hidden files.
+_TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
+    return _TEMPORARY.match(name) is not None
 
 
 def sizes(folder: str) -> dict[str, int]:

@@ -28,7 +28,7 @@ class Membership:
     """Everyone alive at one moment.
 
     The fleet's actor offers `watch(version, wait_s) -> Membership`, which answers at once when the version differs and
-    otherwise waits for a change, and `report(replica, kind, message)`, by which dispatch tells of a death or a hang it saw;
+    otherwise waits for a change, and `report(replica, kind, message)`, by which dispatch tells of a death or a hang;
     the fleet then kills what is left of the replica and starts another.
     """
 

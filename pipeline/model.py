@@ -190,8 +190,8 @@ def _from_hub(source: str, revision: str | None) -> ModelFiles:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=list(WANTED_FILES)))
     except LocalEntryNotFoundError as error:
         raise InfrastructureError(
-            f"model.source {source!r} is neither a local directory nor cached, and the Hugging Face hub can't be reached "
-            f"({type(error).__name__}); check the name, or copy the model to a directory and give its path"
+            f"model.source {source!r} is neither a local directory nor cached, and the Hugging Face hub can't be "
+            f"reached ({type(error).__name__}); check the name, or copy the model to a directory and give its path"
         ) from error
     except (RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
         raise SpecError(f"model.source {source!r}: {error}") from error

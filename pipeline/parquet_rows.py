@@ -109,8 +109,8 @@ def _reading_plan(handle: IO[bytes], group: pq.RowGroupMetaData, wanted: list[pa
     """Return which columns to read as dictionaries, and how many rows to decode at once.
 
     A value is taken to be as large as the whole dictionary, which is 1 MiB with common writers: that makes steps small,
-    never wrong. Text with a larger dictionary stays a dictionary until its decoded size is known. That isn't done always
-    because text that doesn't repeat takes 70 times as long.
+    never wrong. Text with a larger dictionary stays a dictionary until its decoded size is known. Not always:
+    text that doesn't repeat takes 70 times as long that way.
     """
     names = {field.name for field in wanted}
     plain_text = {field.name for field in wanted if field.type in _PLAIN_TEXT}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.engine import Completion, Engine, EngineInfo, Failure, MoeShape, Request, Sample, Timing
+from pipeline.engine import UNKNOWN_TIMING, Completion, Engine, EngineInfo, Failure, MoeShape, Request, Sample, Timing
 from pipeline.errors import ReplicaDied, RequestError, RoutingInvalid
 from pipeline.routing import RowRouting, summarize_row
 
@@ -59,7 +59,7 @@ class RowResult:
     request_id: str
     samples: tuple[ReducedSample, ...] = ()
     num_cached_tokens: int = 0
-    timing: Timing = Timing(0.0, 0.0, 0.0)
+    timing: Timing = UNKNOWN_TIMING
     failure: Failure | None = None
 
 
@@ -196,7 +196,7 @@ class Replica:
         for (
             request_id,
             deadline,
-        ) in self._deadlines.items():  # in order of arrival, so the first that isn't late ends it
+        ) in self._deadlines.items():  # in order of arrival
             if deadline > now:
                 break
             late.append(request_id)

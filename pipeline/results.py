@@ -79,7 +79,7 @@ class ResultBuilder:
     moe: MoeShape | None
 
     def build(self, prompts: pa.Table, outcomes: Sequence[Outcome | None]) -> tuple[pa.Table, RunCounters]:
-        """Return the shard's output table and counters; `prompts` is templating's output, `outcomes` in its row order."""
+        """Return the shard's output rows and counters; `outcomes` are in the row order of `prompts`."""
         columns, counters = _Columns(), RunCounters()
         lengths = _prompt_lengths(prompts)
         slices = self._slices(prompts)
@@ -129,16 +129,13 @@ class ResultBuilder:
         rows = [sample if sample is not None and sample.routing is not None else None for sample in samples]
         missing = np.array([row is None for row in rows], dtype=bool)
         width = self.moe.num_layers * self.moe.num_experts
+        routings = [row.routing if row else None for row in rows]
         arrays = {
-            "prompt_expert_counts": _counts(
-                [r.routing.prompt_counts if r and r.routing else None for r in rows], width
-            ),
-            "completion_expert_counts": _counts(
-                [r.routing.completion_counts if r and r.routing else None for r in rows], width
-            ),
-            "repeat_first": pa.array([r.routing.repeat_first if r and r.routing else None for r in rows], pa.float32()),
-            "repeat_any": pa.array([r.routing.repeat_any if r and r.routing else None for r in rows], pa.float32()),
-            "expert_ids": pa.array([r.expert_ids if r else None for r in rows], pa.binary()),
+            "prompt_expert_counts": _counts([r.prompt_counts if r else None for r in routings], width),
+            "completion_expert_counts": _counts([r.completion_counts if r else None for r in routings], width),
+            "repeat_first": pa.array([r.repeat_first if r else None for r in routings], pa.float32()),
+            "repeat_any": pa.array([r.repeat_any if r else None for r in routings], pa.float32()),
+            "expert_ids": pa.array([row.expert_ids if row else None for row in rows], pa.binary()),
         }
         fields = list(kind)
         return pa.StructArray.from_arrays([arrays[f.name] for f in fields], fields=fields, mask=pa.array(missing))

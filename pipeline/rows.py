@@ -47,7 +47,7 @@ def read_fields() -> list[pa.Field]:
 
 
 def prompt_fields() -> list[pa.Field]:
-    """Columns that templating adds: token ids (null when failed), resolved sampling, repairs, and the failure if any."""
+    """Columns that templating adds: token ids (null when failed), resolved sampling, repairs, and the failure."""
     return [
         pa.field(PROMPT_IDS, pa.list_(pa.int32())),
         pa.field(SAMPLING, pa.string()),
@@ -59,8 +59,8 @@ def prompt_fields() -> list[pa.Field]:
 def routing_type(moe: MoeShape, *, tokens: bool) -> pa.StructType:
     """Type of the `routing` column; counts are row-major [layers x experts].
 
-    With `tokens`, `expert_ids` holds [prompt + generated - 1, layers, top_k] uint8 values, C order; its shape but for the
-    first axis is in the field's metadata.
+    With `tokens`, `expert_ids` holds [prompt + generated - 1, layers, top_k] uint8 values, C order; its shape but for
+    the first axis is in the field's metadata.
     """
     counts = pa.list_(pa.uint32(), moe.num_layers * moe.num_experts)
     fields = [
@@ -76,7 +76,7 @@ def routing_type(moe: MoeShape, *, tokens: bool) -> pa.StructType:
 
 
 def result_fields(routing: pa.DataType | None) -> list[pa.Field]:
-    """Our columns of the output, in order. `routing` is null-typed when the level is `off`, so the schema stays the same."""
+    """Our columns of the output, in order. `routing` is null-typed when nothing is captured, but always there."""
     return [
         pa.field("input_file", _DICTIONARY, nullable=False),
         pa.field("input_row", pa.int64(), nullable=False),

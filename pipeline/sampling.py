@@ -19,6 +19,8 @@ STAGE = "template"
 _JOB_ONLY = ("column", "fit")
 _ALLOWED = tuple(name for name in SamplingSettings.model_fields if name not in _JOB_ONLY)
 _SEEDS = 2**62
+# vLLM treats smaller temperatures as greedy (vllm.sampling_params, _SAMPLING_EPS).
+_GREEDY_BELOW = 1e-5
 
 
 def row_seed(job_seed: int, file: str, row: int) -> int:
@@ -53,8 +55,8 @@ def row_sampling(base: SamplingSettings, override_json: str | None) -> SamplingS
 
 def _check_together(settings: SamplingSettings) -> None:
     # The engine refuses several greedy samples: they would all be the same.
-    if settings.n > 1 and settings.temperature == 0:
-        raise _bad(f"`n` is {settings.n} but `temperature` is 0, so all samples would be equal; set `n` to 1")
+    if settings.n > 1 and settings.temperature < _GREEDY_BELOW:
+        raise _bad(f"`n` is {settings.n} and `temperature` {settings.temperature:g} is greedy, all equal; set `n` to 1")
 
 
 def _parse(text: object) -> dict[str, Any]:

@@ -111,6 +111,10 @@ class Plan:
         counts = (-(-rows // self.rows_per_shard) for rows in self._rows_of_file)
         return list(itertools.accumulate(counts, initial=0))
 
+    @cached_property
+    def _rows_before_file(self) -> list[int]:
+        return list(itertools.accumulate(self._rows_of_file[:-1], initial=0))
+
     @property
     def num_rows(self) -> int:
         """Rows of the run."""
@@ -133,6 +137,12 @@ class Plan:
         start = (index - self._shards_before_file[file_index]) * self.rows_per_shard
         rows = min(self.rows_per_shard, self._rows_of_file[file_index] - start)
         return Shard(index, file_index, self.files[file_index].path, start, rows)
+
+    def find(self, number: int) -> tuple[Shard, int]:
+        """Return the shard and the row number within its file of the plan's row `number`, counted in file order."""
+        file_index = bisect.bisect_right(self._rows_before_file, number) - 1
+        row = number - self._rows_before_file[file_index]
+        return self.shard(self._shards_before_file[file_index] + row // self.rows_per_shard), row
 
     def __iter__(self) -> Iterator[Shard]:
         """Yield the shards in order."""

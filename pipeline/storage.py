@@ -168,12 +168,14 @@ class Store:
             else:
                 self._fs.rm_file(self.path(name))
 
-    def sweep(self, folder: str, *, older_than_s: float = 0.0) -> int:
-        """Remove what writers that died left half-written in the folder; return how many. Object stores have none.
+    def sweep(self, folder: str = "", *, older_than_s: float = 0.0) -> int:
+        """Remove what writers that died left half-written in the folder, by default the root itself; return how many.
 
+        Object stores have none.
         Call it when nobody else writes there: a live writer whose temporary file goes away fails, harmlessly.
         """
-        return local_objects.sweep(self.path(folder), older_than_s=older_than_s) if self.is_local else 0
+        path = self.path(folder) if folder else os.path.dirname(self.path("any"))
+        return local_objects.sweep(path, older_than_s=older_than_s) if self.is_local else 0
 
     def _read_if_there(self, name: str) -> bytes | None:
         try:

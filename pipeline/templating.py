@@ -21,7 +21,8 @@ import pyarrow as pa
 from pipeline.chat_encoder import ChatEncoder, choose_encoder
 from pipeline.errors import RowError, SpecError
 from pipeline.jinja_child import Unreadable, python_values
-from pipeline.jinja_guard import GuardedRenderer, RenderLimits, has_expressions, template_columns
+from pipeline.jinja_guard import GuardedRenderer, has_expressions, template_columns
+from pipeline.jinja_process import RenderLimits
 from pipeline.prompts import Chat, build_chat, row_messages, user_message
 from pipeline.rows import MAX_ERROR_CHARS, READ_ERROR, prompt_fields
 from pipeline.sampling import row_sampling, sampling_to_json

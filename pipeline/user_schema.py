@@ -16,7 +16,6 @@ import pyarrow as pa
 from pipeline.errors import SpecError
 from pipeline.rows import PREFIX
 
-
 _MAX_SHOWN = 20
 
 
@@ -60,9 +59,14 @@ def user_schema(
     required = list(dict.fromkeys(required))
     everyone = [file for file in files if file.num_rows and len(file.schema)]
     # The first file of each schema speaks for the others like it.
-    voters = list({(file.format, file.schema): file for file in reversed(everyone)}.values())[::-1]
+    distinct: dict[tuple[str, pa.Schema], HasSchema] = {}
+    for file in everyone:
+        distinct.setdefault((file.format, file.schema), file)
+    voters = list(distinct.values())
     present = {name for file in voters for name in file.schema.names}
-    problems = _all_missing(everyone, required) if any(set(required) - set(file.schema.names) for file in voters) else []
+    problems = (
+        _all_missing(everyone, required) if any(set(required) - set(file.schema.names) for file in voters) else []
+    )
     if voters and not isinstance(carried, str):
         everything = pa.schema([(name, pa.null()) for name in sorted(present)])
         problems += [_absent(name, everything) for name in carried if name not in present]

@@ -32,6 +32,11 @@ class VllmEngineConfig:
     """CPU build only: threads of the forward pass."""
     engine_args: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that the engine runs at once."""
+        return int(self.engine_args.get("max_num_seqs", 64 if self.on_cpu else 512))
+
     def environment(self) -> dict[str, str]:
         """Environment variables that must be set before the replica's process imports torch.
 
@@ -112,7 +117,7 @@ def _engine_args(config: VllmEngineConfig) -> Any:
 
     # from_engine_args defaults to 128 sequences and 2,048 batched tokens whatever the GPU: set both always.
     args: dict[str, Any] = {
-        "max_num_seqs": 64 if config.on_cpu else 512,
+        "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": 2048 if config.on_cpu else 8192,
         "enable_prefix_caching": True,
         "tokenizer_mode": "hf",
@@ -132,14 +137,14 @@ def _engine_args(config: VllmEngineConfig) -> Any:
     if config.on_cpu:
         args.setdefault("enforce_eager", True)
     if config.tensor_parallel > 1:
-        # Inside a placement group vLLM would pick `ray`, which CPU doesn't support and which may join a stranger's cluster.
+        # Inside a placement group vLLM would pick `ray`, which CPU doesn't support and which may join another cluster.
         args.setdefault("distributed_executor_backend", "mp")
     known = set(getattr(EngineArgs, "__dataclass_fields__", args))
     return EngineArgs(**{name: value for name, value in args.items() if name in known or name in config.engine_args})
 
 
 def _stay_in_this_cluster() -> None:
-    """Pin child processes to the cluster of this actor; else vLLM's may `ray.init()` into any cluster of the machine."""
+    """Pin child processes to this actor's cluster; else vLLM's may `ray.init()` into any on the machine."""
     import ray
 
     if ray.is_initialized():

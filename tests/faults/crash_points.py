@@ -10,7 +10,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 FINISHED, GAVE_UP = 0, 7
 
@@ -65,7 +65,7 @@ class _WatchedFile:
         self._file, self._path, self._crash = file, path, crash
         crash.written(path)
 
-    def __enter__(self) -> _WatchedFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,7 +119,7 @@ _CHANGES = {"put_object", "delete_object"}
 
 
 def watch_s3(crash: Crash) -> None:
-    """Put points before and after every request that changes the bucket, and one that loses the reply instead of dying."""
+    """Put points before and after every request that changes the bucket, and one that loses the reply."""
     import s3fs.core
     from botocore.exceptions import ConnectionClosedError
 

@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
-from typing import Any
+from typing import Any, Self
 
 import boto3
 import pyarrow.parquet as pq
@@ -21,7 +21,7 @@ from tests.faults.mini_run import expected_rows, expected_totals
 
 NUM_SEEDS = 25
 DEADLINE_S = 60
-PRELOADED = ["pytest", "s3fs", "aiobotocore.session", "tests.faults.mini_run", "tests.faults.crash_points"]
+PRELOADED = ["pytest", "pandas", "s3fs", "aiobotocore.session", "tests.faults.mini_run", "tests.faults.crash_points"]
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ class Reader:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, args=(root,))
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -175,7 +175,7 @@ def test_part_damaged_on_purpose_is_noticed_by_the_checker(
     root = str(tmp_path_factory.mktemp("damaged"))
     assert Campaign(processes).run(root, None, 0)[0] == FINISHED
     check_output(root)
-    victim = os.path.join(root, "data", sorted(os.listdir(os.path.join(root, "data")))[0])
+    victim = os.path.join(root, "data", min(os.listdir(os.path.join(root, "data"))))
     os.truncate(victim, os.path.getsize(victim) - 1)
     with pytest.raises(Exception, match="Parquet"):
         check_output(root)

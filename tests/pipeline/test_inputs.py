@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import jsonl
 from pipeline.errors import InfrastructureError, SpecError
 from pipeline.ids import IdReport, check_ids
-from pipeline.inputs import InputFile, list_inputs
+from pipeline.inputs import list_inputs
 from pipeline.user_schema import user_schema
 
 
@@ -140,139 +139,6 @@ def test_columns_that_occur_twice_are_refused(tmp_path):
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]), tmp_path / "a.parquet")
     with pytest.raises(SpecError, match="columns x occur twice"):
         list_inputs(str(tmp_path))
-
-
-# -- one schema -----------------------------------------------------------------------------------------------------
-
-
-def having(path, kind, *, name="x", kind_of_file="parquet", num_rows=1):
-    return InputFile(path, kind_of_file, 1, "v", num_rows, pa.schema([(name, kind)]))
-
-
-CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-NAMED_CHAT = pa.list_(pa.struct([("role", pa.string()), ("name", pa.string()), ("content", pa.large_string())]))
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "expected"),
-    [
-        (pa.int32(), pa.int64(), pa.int64()),
-        (pa.uint8(), pa.uint32(), pa.uint32()),
-        (pa.uint32(), pa.int8(), pa.int64()),
-        (pa.float32(), pa.float64(), pa.float64()),
-        (pa.string(), pa.large_string(), pa.large_string()),
-        (pa.null(), CHAT, CHAT),
-        (pa.dictionary(pa.int32(), pa.string()), pa.string(), pa.string()),
-        (pa.list_(pa.int8()), pa.large_list(pa.int16()), pa.large_list(pa.int16())),
-        (
-            CHAT,
-            NAMED_CHAT,
-            pa.list_(pa.struct([("role", pa.string()), ("content", pa.large_string()), ("name", pa.string())])),
-        ),
-    ],
-)
-def test_types_widen_when_no_value_is_lost(left, right, expected):
-    files = [having("a", left), having("b", right)]
-    assert user_schema(files, required=["x"]).field("x").type == expected
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [(pa.string(), pa.int64()), (pa.int64(), pa.float64()), (pa.uint64(), pa.int64()), (CHAT, pa.string())],
-)
-def test_types_that_do_not_unify_are_refused_naming_both_files(left, right):
-    files = [having("first.parquet", left), having("second.parquet", right)]
-    with pytest.raises(SpecError, match=r"first\.parquet.*second\.parquet"):
-        user_schema(files, required=[])
-
-
-def test_missing_required_column_is_refused_for_each_file_with_the_closest_name():
-    files = [
-        having("a", pa.string(), name="promt"),
-        having("b", pa.string(), name="prompt"),
-        having("c", pa.null(), name="q"),
-    ]
-    with pytest.raises(SpecError) as caught:
-        user_schema(files, required=["prompt"])
-    assert "a has no column 'prompt'" in str(caught.value)
-    assert "did you mean 'promt'?" in str(caught.value)
-    assert "c has no column 'prompt', which the prompt needs; its columns are: q" in str(caught.value)
-    assert "\nb " not in str(caught.value)
-
-
-def test_column_that_only_some_files_have_is_carried():
-    files = [having("a", pa.string(), name="x"), having("b", pa.int8(), name="y")]
-    assert user_schema(files, required=[]).names == ["x", "y"]
-
-
-def test_only_what_is_carried_or_required_must_unify():
-    files = [having("a", pa.string()), having("b", pa.int64())]
-    assert user_schema(files, required=[], carried="none").names == []
-
-
-def test_carried_column_that_no_file_has_is_refused():
-    with pytest.raises(SpecError, match=r"output.keep names column 'xx'.*did you mean 'x'"):
-        user_schema([having("a", pa.string())], required=[], carried=["xx"])
-
-
-def test_internal_names_are_refused():
-    with pytest.raises(SpecError, match="_tm_row"):
-        user_schema([having("a", pa.string(), name="_tm_row")], required=[])
-
-
-def test_files_without_rows_have_no_say():
-    files = [having("a", pa.string()), having("b", pa.int64(), num_rows=0)]
-    assert user_schema(files, required=["x"]).field("x").type == pa.string()
-
-
-def test_jsonl_files_with_different_guesses_become_text():
-    files = [having("a", pa.string(), kind_of_file="jsonl"), having("b", pa.int64(), kind_of_file="jsonl")]
-    assert user_schema(files, required=["x"]).field("x").type == pa.string()
-
-
-# -- JSONL ----------------------------------------------------------------------------------------------------------
-
-
-def scan_lines(tmp_path, *lines):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in lines))
-    return jsonl.scan(str(path))
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (['"a"', "null"], pa.string()),
-        (["1", "2"], pa.int64()),
-        (["1", "2.5"], pa.float64()),
-        (["true"], pa.bool_()),
-        (["true", "1"], pa.string()),
-        (["1", '"a"', "2.5"], pa.string()),
-        (['[{"role": "user"}]'], pa.string()),
-        (["9223372036854775808"], pa.string()),
-        (["null"], pa.null()),
-    ],
-)
-def test_jsonl_types_are_inferred_over_all_lines(tmp_path, values, expected):
-    scan = scan_lines(tmp_path, *[f'{{"x": {value}}}' for value in values])
-    assert scan.schema == pa.schema([("x", expected)])
-
-
-def test_marks_stay_bounded_and_lead_to_the_right_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl.Marks, "_CAPACITY", 4)
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join("\n" * (row % 3 == 0) + f'{{"row": {row}}}\n' for row in range(2000)))
-    scan = jsonl.scan(str(path))
-    assert len(scan.marks.values) <= 3 * 4
-    for start in (0, 1, 63, 64, 65, 1023, 1999):
-        lines = list(jsonl.read_lines(str(path), scan.marks.only(start), start, start + 2))
-        assert [line.record["row"] for line in lines] == list(range(start, min(start + 2, 2000)))
-        assert lines[0].number == start + 1 + start // 3 + 1
-
-
-def test_too_many_keys_are_refused(tmp_path):
-    with pytest.raises(SpecError, match="more than 1000 different keys"):
-        scan_lines(tmp_path, *[f'{{"k{i}": 1}}' for i in range(1001)])
 
 
 # -- S3 -------------------------------------------------------------------------------------------------------------

@@ -165,9 +165,10 @@ def test_owner_that_lost_the_output_starts_nothing(local: Store) -> None:
 def test_half_written_files_of_dead_writers_are_swept_at_the_start(local: Store, tmp_path: Path) -> None:
     opened(local)
     commit(local, 0)
-    (tmp_path / "data" / ".part.0123.tmp").write_bytes(b"half")
+    for folder in (tmp_path, tmp_path / "data", tmp_path / "_run"):
+        (folder / ".x.0123456789abcdef0123456789abcdef.tmp").write_bytes(b"half")
     opened(local)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [small_plan().shard(0).part_name]
+    assert list(tmp_path.rglob("*.tmp")) == []
 
 
 def test_fingerprint_is_readable_json_for_people(local: Store) -> None:

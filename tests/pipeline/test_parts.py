@@ -131,7 +131,9 @@ def test_hidden_and_underscore_files_are_not_parts(local: Store) -> None:
     assert committed_parts(local) == {NAME}
 
 
-@pytest.mark.parametrize(("counters", "extra"), [(b"\xff", {}), (b"{}", {"counters": "x"}), (b"{}", {"schema_version": "1"})])
+@pytest.mark.parametrize(
+    ("counters", "extra"), [(b"\xff", {}), (b"{}", {"counters": "x"}), (b"{}", {"schema_version": "1"})]
+)
 def test_footer_that_readers_would_refuse_is_not_written(counters: bytes, extra: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="counters|reserved"):
+    with pytest.raises(ValueError, match=r"counters|reserved"):
         encode_part(TABLE, counters, extra)

@@ -195,11 +195,18 @@ def test_failed_write_leaves_neither_object_nor_temporary(
 def test_list_never_shows_temporaries_and_sweep_removes_them(tmp_path: Any) -> None:
     store = Store(str(tmp_path))
     store.put("data/a", b"1")
-    (tmp_path / "data" / ".a.0123.tmp").write_bytes(b"half")
+    (tmp_path / "data" / ".a.0123456789abcdef0123456789abcdef.tmp").write_bytes(b"half")
     assert store.list("data") == {"a": 1}
     assert store.sweep("data", older_than_s=60) == 0
     assert store.sweep("data") == 1
     assert os.listdir(tmp_path / "data") == ["a"]
+
+
+def test_sweep_of_the_root_leaves_hidden_files_of_others_alone(tmp_path: Any) -> None:
+    for name in (".summary.json.0123456789abcdef0123456789abcdef.tmp", ".theirs.tmp", ".bashrc"):
+        (tmp_path / name).write_bytes(b"x")
+    assert Store(str(tmp_path)).sweep() == 1
+    assert sorted(os.listdir(tmp_path)) == [".bashrc", ".theirs.tmp"]
 
 
 def test_list_is_whole_while_temporaries_come_and_go(tmp_path: Any) -> None:
