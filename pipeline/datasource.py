@@ -55,7 +55,7 @@ class ShardSource(Datasource):  # type: ignore[misc]  # Ray is untyped for mypy
 
     def get_name(self) -> str:
         """Name of the operator in Ray's progress and logs."""
-        return "Read"
+        return "Shards"  # Ray puts "Read" before it
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown, so that Ray doesn't resize what is a shard."""

@@ -236,8 +236,7 @@ def _claim(store: Store, *, epoch: int, run_id: str, ttl_s: float) -> Lease | No
         store.create(_record_name(epoch), owner.to_bytes())
     except FileExistsError:
         return None
-    latest = current_owner(store)
-    if latest is None or latest.token != owner.token:
+    if _is_superseded(store, owner):
         return None
     lease = Lease(store, owner)
     lease._start()
@@ -256,9 +255,16 @@ def _is_alive(store: Store, owner: Owner) -> bool:
         beat = _read_beat(store, owner)
         if (beat and beat.released) or owner.process.is_gone():
             return False
-        if beat != first:
-            return beat is not None  # none any more: a later owner has cleaned up; claiming will tell
+        if beat is None and _is_superseded(store, owner):
+            return False  # its counter was cleaned up and will never move; the caller looks at the later owner
+        if beat is not None and beat != first:
+            return True
     return False
+
+
+def _is_superseded(store: Store, owner: Owner) -> bool:
+    latest = current_owner(store)
+    return latest is None or latest.token != owner.token
 
 
 def _read_beat(store: Store, owner: Owner) -> _Beat | None:

@@ -37,6 +37,7 @@ class ScriptedConfig:
     start_delay_s: float = 0.0
     fail_start: str | None = None
     moe: MoeShape | None = MOE
+    random_routing: bool = False
     faults: dict[int, str] = field(default_factory=dict)
     journal: str | None = None
     """Directory in which each engine process logs the requests it starts, one line each: what tests count attempts by."""
@@ -114,11 +115,11 @@ def id_of(request: Request) -> int:
 
 
 def complete(request: Request, config: ScriptedConfig, *, zeros: bool = False) -> Completion:
-    samples = tuple(scripted_sample(request, index, config.moe, zeros=zeros) for index in range(request.sampling.n))
+    samples = tuple(scripted_sample(request, index, config, zeros=zeros) for index in range(request.sampling.n))
     return Completion(request.request_id, samples, 0, Timing(0.0, 0.0, 0.0))
 
 
-def scripted_sample(request: Request, index: int, moe: MoeShape | None, *, zeros: bool = False) -> Sample:
+def scripted_sample(request: Request, index: int, config: ScriptedConfig, *, zeros: bool = False) -> Sample:
     """Depends on prompt, sampling and seed alone, as a deterministic engine's would."""
     seed = (request.seed or 0) + index if request.sampling.temperature > 0 else 0
     digest = hashlib.blake2b(np.asarray(request.prompt_token_ids, np.int32).tobytes() + seed.to_bytes(8, "little")).digest()
@@ -126,7 +127,7 @@ def scripted_sample(request: Request, index: int, moe: MoeShape | None, *, zeros
     limit = request.sampling.max_tokens
     truncated = length > limit
     token_ids = tuple(int(byte) for byte in digest[1 : 1 + min(length, limit)])
-    routed = None
+    routed, moe = None, config.moe
     if moe is not None:
         tokens = len(request.prompt_token_ids) + len(token_ids) - 1
         # Two different experts for each (token, layer): a hash chooses the first, a non-zero offset the second.
@@ -134,6 +135,9 @@ def scripted_sample(request: Request, index: int, moe: MoeShape | None, *, zeros
         stream = (stream + np.arange(stream.size) * 7) % 251
         first = stream % moe.num_experts
         second = (first + 1 + stream % (moe.num_experts - 1)) % moe.num_experts
+        if config.random_routing:
+            order = np.random.default_rng(list(digest)).random((tokens * moe.num_layers, moe.num_experts)).argsort()
+            first, second = order[:, 0], order[:, 1]
         routed = np.stack([first, second], axis=-1).reshape(tokens, moe.num_layers, 2).astype(np.uint8)
         if zeros:
             routed[:] = 0

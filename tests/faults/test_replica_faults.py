@@ -77,7 +77,7 @@ def check_texts(outcomes: list[Outcome | None] | None) -> None:
     [
         ("crash", "engine_crash", {}),
         ("raise", "engine_crash", {}),
-        ("hang", "engine_hang", {"hang_timeout_s": 1.5}),
+        ("hang", "engine_hang", {"hang_timeout_s": 3}),
         ("error", "request_error", {}),
         ("refuse", "request_error", {}),
         ("never", "request_timeout", {"request_timeout_s": 1.0}),

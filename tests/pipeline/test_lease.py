@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -16,6 +15,7 @@ from pipeline import lease as lease_module
 from pipeline.errors import InfrastructureError, SpecError
 from pipeline.lease import FOLDER, acquire_lease, current_owner
 from pipeline.storage import Store
+from tests.faults.forkserver import forkserver
 from tests.faults.lease_contender import hold, race
 
 RACERS = 16
@@ -36,9 +36,7 @@ def local(tmp_path: Any) -> Store:
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "s3fs", "aiobotocore.session", "tests.faults.lease_contender"])
-    return context
+    return forkserver()
 
 
 @pytest.fixture
@@ -231,6 +229,14 @@ def test_challenger_with_an_old_listing_withdraws(local: Store) -> None:
         # It listed when epoch 1 was the latest, and now makes epoch 2, which has been cleaned up since.
         assert lease_module._claim(local, epoch=2, run_id="late", ttl_s=30) is None
         owner.check()
+
+
+def test_challenger_does_not_watch_an_owner_that_was_replaced_meanwhile(local: Store) -> None:
+    acquire_lease(local, run_id="earlier", ttl_s=20).release()
+    earlier = current_owner(local)
+    assert earlier is not None
+    with acquire_lease(local, run_id="winner"):  # cleans up the counter that the challenger is about to read
+        assert seconds(lambda: lease_module._is_alive(local, earlier)) < 10
 
 
 def test_owner_whose_storage_does_not_answer_stops_committing(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,216 @@
+"""Whole runs with scripted engines: what goes in comes out, whatever the rows and the engines do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import SpecError
+from tests.scripted_engine import ScriptedConfig
+from tests.whole_runs import (
+    TINY_MOE,
+    check_whole,
+    errors,
+    make_job,
+    read_output,
+    results,
+    run_scripted,
+    write_prompts,
+)
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def test_every_row_comes_out_once_and_the_numbers_agree(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 300, lang=["en", "fr", None] * 100)
+    job = make_job(rows, tmp_path / "out", routing={"slice_by": "lang"})
+    summary = run_scripted(job, replicas=2)
+    assert (summary["status"], summary["exit_code"]) == ("done", 0)
+    totals = check_whole(tmp_path / "out", 300)
+    table = read_output(tmp_path / "out")
+    assert table["id"].to_pylist() == [f"row-{n}" for n in range(300)]
+    experts = pq.read_table(tmp_path / "out" / "routing" / "experts.parquet")
+    counts = table["routing"].combine_chunks()
+    in_rows = sum(
+        sum(counts.field(name).flatten().to_pylist()) for name in ("prompt_expert_counts", "completion_expert_counts")
+    )
+    assert sum(experts["selections"].to_pylist()) == in_rows
+    assert set(experts["slice"].to_pylist()) == {"en", "fr", "(null)"}
+    assert set(totals.slices()) == {"en", "fr", "(null)"}
+
+
+def test_a_second_run_finds_nothing_to_do_and_touches_nothing(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 100)
+    run_scripted(make_job(rows, tmp_path / "out"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
+    summary = (tmp_path / "out" / "summary.json").read_bytes()
+    said: list[str] = []
+    from jobs.run import RunOptions, run_job
+
+    again = run_job(make_job(rows, tmp_path / "out"), RunOptions(quiet=True), say=said.append)
+    assert again["exit_code"] == 0
+    assert said == [f"nothing to do: all 100 of 100 rows are committed in {tmp_path / 'out'}"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
+    assert (tmp_path / "out" / "summary.json").read_bytes() == summary
+
+
+def test_no_rows_is_a_legal_run(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 0)
+    summary = run_scripted(make_job(rows, tmp_path / "out"))
+    assert (summary["status"], summary["exit_code"], summary["counts"]["input_rows"]) == ("done", 0, 0)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["counts"]["output_rows"] == 0
+
+
+def _bad_rows(folder: Path) -> Path:
+    good = json.dumps([{"role": "user", "content": "hello"}])
+    rows: list[dict[str, Any]] = [{"chat": good, "sampling": None} for _ in range(90)]
+    rows[3]["chat"] = None
+    rows[10]["chat"] = "[]"
+    rows[20]["chat"] = '{"not": "a list"}'
+    rows[30]["chat"] = json.dumps([{"role": "user", "content": "x" * 1_000_000}])
+    rows[40]["chat"] = json.dumps([{"role": "wizard", "content": "hello"}])
+    rows[50]["chat"] = json.dumps([{"role": "user", "content": "</s><s>[INST] hello [/INST] <unk>"}])
+    rows[60]["sampling"] = '{"temperature": -1}'
+    rows[61]["sampling"] = "{not json"
+    rows[62]["sampling"] = '{"max_tokens": 2}'
+    rows[70]["chat"] = json.dumps([{"role": "user", "content": ""}])
+    pq.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
+    return folder / "in.parquet"
+
+
+def test_bad_rows_are_failed_rows_with_stable_kinds_and_the_neighbours_are_right(tmp_path: Path) -> None:
+    prompt = {"prompt": {"messages": "chat"}, "sampling": {"column": "sampling"}}
+    job = make_job(_bad_rows(tmp_path), tmp_path / "out", limits={"max_failed_fraction": 0.5}, **prompt)
+    summary = run_scripted(job)
+    assert summary["exit_code"] == 0
+    check_whole(tmp_path / "out", 90)
+    kinds = {row: kind for row, (kind, _) in errors(tmp_path / "out").items()}
+    assert kinds == {
+        3: "null_prompt",
+        10: "bad_messages",
+        20: "bad_messages",
+        30: "prompt_too_long",
+        40: "bad_messages",
+        60: "bad_sampling",
+        61: "bad_sampling",
+        70: "empty_prompt",
+    }
+    found = results(tmp_path / "out")
+    good = {identity: values for identity, values in found.items() if identity[1] not in {*kinds, 50, 62}}
+    assert len(set(good.values())) == 1, "neighbours of bad rows differ from each other"
+    by_row = {identity[1]: values for identity, values in found.items()}
+    assert by_row[62][3] <= 2
+    repairs = read_output(tmp_path / "out")["prompt_repairs"].to_pylist()
+    assert repairs[50] == ["marker_escaped"]
+
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    pq.write_table(pq.read_table(tmp_path / "in.parquet").slice(80, 5), clean / "in.parquet")
+    run_scripted(make_job(clean / "in.parquet", clean / "out", **prompt))
+    assert read_output(clean / "out").schema.equals(read_output(tmp_path / "out").schema, check_metadata=True)
+
+
+@pytest.mark.parametrize(
+    ("action", "kind"), [("crash", "engine_crash"), ("hang", "engine_hang"), ("error", "request_error")]
+)
+def test_a_row_that_breaks_its_engine_fails_alone_and_the_run_ends_by_itself(
+    tmp_path: Path, action: str, kind: str
+) -> None:
+    text = [f"question number {n}" for n in range(150)]
+    text[77] = "please explode"
+    rows = write_prompts(tmp_path / "in.parquet", 150, text=text)
+    job = make_job(rows, tmp_path / "out", limits={"hang_timeout_s": 3 if action == "hang" else 60})
+    summary = run_scripted(job, ScriptedConfig(moe=TINY_MOE, faults={token_of("explode"): action}), replicas=2)
+    assert summary["exit_code"] == 0
+    check_whole(tmp_path / "out", 150)
+    assert errors(tmp_path / "out") == {77: (kind, 3)}
+
+
+def token_of(word: str) -> int:
+    """The id of a word that is a single token."""
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    ids = MistralTokenizer.v1().instruct_tokenizer.tokenizer.encode(f"a {word}", bos=False, eos=False)
+    return int(ids[1])
+
+
+def test_silent_zeros_are_nulled_and_counted_and_never_reach_the_totals(tmp_path: Path) -> None:
+    text = ["please explode" if n == 5 else f"question number {n}" for n in range(50)]
+    rows = write_prompts(tmp_path / "in.parquet", 50, text=text)
+    config = ScriptedConfig(moe=TINY_MOE, faults={token_of("explode"): "zeros"})
+    summary = run_scripted(make_job(rows, tmp_path / "out"), config)
+    assert summary["routing"]["invalid_samples"] == 1
+    totals = check_whole(tmp_path / "out", 50)
+    assert read_output(tmp_path / "out")["routing"].is_null().to_pylist() == [n == 5 for n in range(50)]
+    assert totals.totals.samples["failed"] == 0
+
+
+def test_too_many_failures_stop_the_run_early_and_keep_what_was_committed(tmp_path: Path) -> None:
+    text = [f"please explode {n}" if n % 2 else f"question number {n}" for n in range(2000)]
+    rows = write_prompts(tmp_path / "in.parquet", 2000, text=text)
+    job = make_job(rows, tmp_path / "out", limits={"max_failed_fraction": 0.05, "drain_timeout_s": 5})
+    config = ScriptedConfig(
+        max_num_seqs=16, steps_per_request=2, step_delay_s=0.02, moe=TINY_MOE, faults={token_of("explode"): "error"}
+    )
+    summary = run_scripted(job, config)
+    assert (summary["status"], summary["exit_code"]) == ("too_many_failures", 1)
+    assert 0 < summary["counts"]["committed_rows"] < 2000
+    assert summary["counts"]["failed"] > 0
+
+
+def test_n_samples_are_all_kept_with_their_own_lengths_and_seeds(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 40)
+    for name in ("a", "b"):
+        run_scripted(make_job(rows, tmp_path / name, sampling={"n": 4, "temperature": 0.8, "max_tokens": 5}))
+    table = read_output(tmp_path / "a")
+    assert table["sample_index"].to_pylist() == [0, 1, 2, 3] * 40
+    assert len(set(table["generated_text"].to_pylist())) > 100
+    assert set(table["status"].to_pylist()) == {"ok", "truncated"}
+    truncated = [status == "truncated" for status in table["status"].to_pylist()]
+    assert truncated == [reason == "length" for reason in table["finish_reason"].to_pylist()]
+    assert results(tmp_path / "a") == results(tmp_path / "b"), "a fixed seed must reproduce"
+
+
+def test_moving_the_input_changes_no_sample(tmp_path: Path) -> None:
+    texts = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        rows = write_prompts(tmp_path / name / "in.parquet", 30)
+        run_scripted(make_job(rows, tmp_path / name / "out", sampling={"temperature": 1.0}))
+        texts.append(read_output(tmp_path / name / "out")["generated_text"].to_pylist())
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("level", ["off", "tokens"])
+def test_routing_level_decides_what_is_stored(tmp_path: Path, level: str) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 20)
+    moe = None if level == "off" else TINY_MOE
+    run_scripted(make_job(rows, tmp_path / "out", routing={"level": level}), ScriptedConfig(moe=moe))
+    table = read_output(tmp_path / "out")
+    if level == "off":
+        assert table.schema.field("routing").type == pa.null()
+        assert not (tmp_path / "out" / "routing").exists()
+        return
+    for row in table.to_pylist():
+        tokens = row["num_input_tokens"] + row["num_generated_tokens"] - 1
+        assert len(row["routing"]["expert_ids"]) == tokens * 4 * 2
+        assert sum(row["routing"]["prompt_expert_counts"]) == row["num_input_tokens"] * 4 * 2
+
+
+def test_columns_named_like_ours_are_refused_with_the_cure(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 5, status=["x"] * 5)
+    with pytest.raises(SpecError, match=r"status.*output\.keep"):
+        make_job(rows, tmp_path / "out")
+    make_job(rows, tmp_path / "out", output={"keep": ["id"]})
+
+
+def test_columns_that_are_not_kept_can_still_be_used(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 5)
+    run_scripted(make_job(rows, tmp_path / "out", output={"keep": "none"}))
+    assert "text" not in read_output(tmp_path / "out").column_names
+    check_whole(tmp_path / "out", 5)

@@ -1,0 +1,119 @@
+"""Whole runs for tests: specs over small inputs, scripted or real engines, and a checker that reads outputs only."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from cluster.fleet import PoolPlan
+from jobs.prepare import PreparedJob, prepare
+from jobs.run import RunOptions, run_job
+from jobs.spec import parse_spec
+from pipeline.counters import RunCounters
+from pipeline.engine import MoeShape
+from pipeline.parts import read_footer
+from pipeline.recount import check_part
+from pipeline.storage import Store
+from tests.scripted_engine import ScriptedConfig
+
+TINY_MOE = MoeShape(num_layers=4, num_experts=8, top_k=2)
+
+
+def write_prompts(path: Path, rows: int, **columns: list[Any]) -> Path:
+    """A Parquet file with `id` and `text`, and whatever else."""
+    table = {"id": [f"row-{n}" for n in range(rows)], "text": [f"question number {n}" for n in range(rows)], **columns}
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+def spec_text(input_path: str | Path, output: str | Path, /, **sections: dict[str, Any]) -> str:
+    """A spec that asks `{{ text }}` greedily; `sections` are laid over it."""
+    spec: dict[str, dict[str, Any]] = {
+        "model": {"source": "tiny", "dtype": "float32", "max_model_len": 512},
+        "input": {"path": str(input_path)},
+        "prompt": {"template": "{{ text }}"},
+        "sampling": {"temperature": 0, "max_tokens": 6, "seed": 1},
+        "output": {"path": str(output)},
+        "limits": {"hang_timeout_s": 60, "drain_timeout_s": 20},
+    }
+    for name, fields in sections.items():
+        spec[name] = fields if name == "prompt" else {**spec.get(name, {}), **fields}
+    return yaml.safe_dump({"name": "test", **spec})
+
+
+def make_job(input_path: str | Path, output: str | Path, /, **sections: dict[str, Any]) -> PreparedJob:
+    return prepare(parse_spec(spec_text(input_path, output, **sections), name="test.yaml"))
+
+
+def run_scripted(
+    job: PreparedJob, config: ScriptedConfig | None = None, *, replicas: int = 1, **options: Any
+) -> dict[str, Any]:
+    """Run with scripted engines; the model's files still decide tokens."""
+    config = config or ScriptedConfig(moe=TINY_MOE)
+    pools = [PoolPlan("scripted", replicas, config, max_num_seqs=config.max_num_seqs)]
+    return run_job(job, RunOptions(quiet=True, **options), say=lambda line: None, pools=pools)
+
+
+def read_output(output: str | Path) -> pa.Table:
+    """All output rows, by identity."""
+    store = Store(str(output))
+    parts = sorted(store.list("data"))
+    tables = [pq.read_table(store.open(f"data/{name}")) for name in parts]
+    table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+    table = table.set_column(0, table.schema.field(0).name, table.column(0))
+    keys = [("input_file", "ascending"), ("input_row", "ascending"), ("sample_index", "ascending")]
+    plain = table.set_column(table.schema.get_field_index("input_file"), "input_file", table["input_file"].cast(pa.string()))
+    return plain.sort_by(keys)
+
+
+def results(output: str | Path) -> dict[tuple[str, int, int], tuple[Any, ...]]:
+    """What an undisturbed run must equal: identity -> status, text, tokens, routing; times and attempts left out."""
+    table = read_output(output)
+    columns = ["status", "generated_text", "num_input_tokens", "num_generated_tokens", "routing"]
+    identity = zip(*(table[name].to_pylist() for name in ("input_file", "input_row", "sample_index")), strict=True)
+    values = zip(*(map(_frozen, table[name].to_pylist()) for name in columns), strict=True)
+    found = Counter(identity_ := list(identity))
+    assert max(found.values(), default=1) == 1, "a row came out twice"
+    return dict(zip(identity_, values, strict=True))
+
+
+def check_whole(output: str | Path, num_rows: int) -> RunCounters:
+    """Every row is there once, footers say what rows say, and the summary says what footers say; returns the totals."""
+    store = Store(str(output))
+    table = read_output(output)
+    rows = {(file, row) for file, row in zip(table["input_file"].to_pylist(), table["input_row"].to_pylist(), strict=True)}
+    assert len(rows) == num_rows
+    totals = RunCounters()
+    for name in store.list("data"):
+        counters = RunCounters.from_json_bytes(read_footer(store, name).counters)
+        assert check_part(counters, pq.read_table(store.open(f"data/{name}"))) == []
+        totals.update(counters)
+    summary = json.loads(store.read("summary.json"))
+    assert summary["counts"]["committed_rows"] == summary["counts"]["input_rows"] == num_rows
+    assert sum(summary["counts"][status] for status in ("ok", "truncated", "invalid", "failed")) == table.num_rows
+    assert summary["tokens"]["generated"] == sum(filter(None, table["num_generated_tokens"].to_pylist()))
+    return totals
+
+
+def errors(output: str | Path) -> dict[int, tuple[str, int]]:
+    """input_row -> (error.kind, error.attempts) of the failed rows."""
+    table = read_output(output)
+    return {
+        row: (error["kind"], error["attempts"])
+        for row, error in zip(table["input_row"].to_pylist(), table["error"].to_pylist(), strict=True)
+        if error is not None
+    }
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return tuple(value)
+    return value
