@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 POLL_WAIT_S = 1.0
 WATCH_WAIT_S = 5.0
+MAX_FRUITLESS_LOSSES = 10
+"""Replicas lost in a row without a single row finished in between: then it isn't the rows, and restarts would go on for
+as many rows as there are."""
 WINDOW_FACTOR = 2
 """Rows with or on the way to a replica, per sequence its engine can run at once: it never waits for us."""
 
@@ -63,10 +67,13 @@ class Dispatcher:
         self._board: DispatchBoard[Key] = DispatchBoard(max_attempts=max_attempts)
         self._shards: dict[int, _Shard] = {}
         self._members: dict[str, Member] = {}
+        self._consumer = uuid.uuid4().hex[:12]
         self._sent: dict[str, Key] = {}
+        self._sent_to: dict[str, set[str]] = {}
         self._next_token = 0
         self._num_sent = 0
         self._failure: InfrastructureError | None = None
+        self._fruitless_losses = 0
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = False
@@ -165,6 +172,7 @@ class Dispatcher:
 
     def _join(self, member: Member) -> None:
         self._members[member.replica] = member
+        self._sent_to[member.replica] = set()
         self._board.replica_up(member.replica, window=WINDOW_FACTOR * member.info.max_num_seqs)
         self._spawn(self._poll_replica(member))
         self._send_all()
@@ -172,8 +180,8 @@ class Dispatcher:
     def _lose(self, replica: str, kind: str, *, rows_to_blame: bool = True) -> None:
         if self._members.pop(replica, None) is None:
             return
-        for request_id in [r for r in self._sent if r.startswith(f"{replica}/")]:
-            del self._sent[request_id]
+        for request_id in self._sent_to.pop(replica):
+            self._sent.pop(request_id, None)
         for lost in self._board.replica_down(replica, kind, rows_to_blame=rows_to_blame):
             message = f"alone on its replica, attempt {lost.attempts} ended in {kind}"
             self._settle(lost.key, Outcome(_failed(kind, message), lost.attempts))
@@ -194,8 +202,9 @@ class Dispatcher:
             shard.begun = True
             self._num_sent += 1
             # Names the attempt, not the row: a late answer to an earlier attempt can't be taken for this one's.
-            request_id = f"{assignment.replica}/{self._num_sent}"
+            request_id = f"{self._consumer}/{self._num_sent}"
             self._sent[request_id] = (token, position)
+            self._sent_to[assignment.replica].add(request_id)
             requests.append(replace(request, request_id=request_id))
         if requests:
             self._spawn(self._submit(self._members[assignment.replica], requests))
@@ -210,7 +219,7 @@ class Dispatcher:
         last_steps, last_life = -1, time.monotonic()
         while member.replica in self._members:
             try:
-                call = member.handle.poll.remote(POLL_WAIT_S)
+                call = member.handle.poll.remote(self._consumer, POLL_WAIT_S)
                 poll: Poll = await asyncio.wait_for(_result(call), self._hang_timeout_s)
                 if poll.num_steps != last_steps or not self._board.num_in_flight(member.replica):
                     last_steps, last_life = poll.num_steps, time.monotonic()
@@ -228,6 +237,10 @@ class Dispatcher:
             return
         logger.warning("replica %s lost: %s", replica, cause.message)
         self._lose(replica, cause.kind)
+        self._fruitless_losses += 1
+        if self._fruitless_losses >= MAX_FRUITLESS_LOSSES:
+            lost = self._fruitless_losses
+            self._fail(f"{lost} replicas in a row died without finishing a row; last: {cause.message}")
         await self._fleet.report.remote(replica, cause.kind, cause.message)
 
     def _receive(self, replica: str, results: Sequence[RowResult]) -> None:
@@ -235,6 +248,8 @@ class Dispatcher:
             key = self._sent.pop(result.request_id, None)
             if key is None:
                 continue
+            self._sent_to[replica].discard(result.request_id)
+            self._fruitless_losses = 0
             if result.failure is None:
                 attempt = self._board.finished(replica, key)
                 if attempt is not None:

@@ -8,11 +8,13 @@ never repaired. Knows nothing of shards, attempts or other replicas.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,11 +74,20 @@ class Poll:
     """Engine steps so far; a replica with work whose count stands still hangs."""
 
 
+class _Mailbox:
+    """What one dispatcher is still to be told."""
+
+    def __init__(self) -> None:
+        self.results: list[RowResult] = []
+        self.wake = asyncio.Event()
+
+
 class Replica:
     """One engine behind an async actor interface; made an actor by the fleet.
 
     Guarantees:
-    - each submitted request appears in exactly one poll, as samples or as a failure, unless the replica dies.
+    - each submitted request appears in exactly one poll of its consumer, as samples or as a failure, unless the
+      replica dies.
     - once the engine has died every call raises ReplicaDied, and the process exits.
     """
 
@@ -84,8 +95,7 @@ class Replica:
         self._keep_expert_ids = keep_expert_ids
         self._request_timeout_s = request_timeout_s
         self._inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        self._results: list[RowResult] = []
-        self._wake = asyncio.Event()
+        self._mailboxes: defaultdict[str, _Mailbox] = defaultdict(_Mailbox)
         self._ready = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._prompt_lengths: dict[str, int] = {}
@@ -115,23 +125,25 @@ class Replica:
         return os.getpid()
 
     async def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests; answers come through `poll`."""
+        """Queue requests; answers come through `poll` of the consumer that their ids begin with (`consumer/...`).
+
+        Several consumers may share a replica: runs that overlap by a moment, or a run and an endpoint.
+        """
         self._check_alive()
         for request in requests:
             self._inbox.put(request)
 
-    async def poll(self, wait_s: float) -> Poll:
-        """Return what finished since the last poll; waits up to `wait_s` for something to finish."""
+    async def poll(self, consumer: str, wait_s: float) -> Poll:
+        """Return what finished for the consumer since its last poll; waits up to `wait_s` for something to finish."""
         self._check_alive()
-        if not self._results:
-            self._wake.clear()
-            try:
-                await asyncio.wait_for(self._wake.wait(), wait_s)
+        mailbox = self._mailboxes[consumer]
+        if not mailbox.results:
+            mailbox.wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(mailbox.wake.wait(), wait_s)
                 await asyncio.sleep(GATHER_S)
-            except TimeoutError:
-                pass
         self._check_alive()
-        results, self._results = self._results, []
+        results, mailbox.results = mailbox.results, []
         return Poll(tuple(results), self._num_steps)
 
     def _check_alive(self) -> None:
@@ -154,7 +166,8 @@ class Replica:
 
     def _announce_death(self) -> None:
         self._ready.set()
-        self._wake.set()
+        for mailbox in self._mailboxes.values():
+            mailbox.wake.set()
         # Long enough for waiting callers to be told why, in words better than "connection reset".
         asyncio.get_running_loop().call_later(2.0, os._exit, 1)
 
@@ -220,8 +233,10 @@ class Replica:
         return RowResult(output.request_id, samples, output.num_cached_tokens, output.timing)
 
     def _deliver(self, results: list[RowResult]) -> None:
-        self._results.extend(results)
-        self._wake.set()
+        for result in results:
+            mailbox = self._mailboxes[result.request_id.partition("/")[0]]
+            mailbox.results.append(result)
+            mailbox.wake.set()
 
 
 def reduce_sample(sample: Sample, num_prompt: int, moe: MoeShape | None, *, keep_ids: bool) -> ReducedSample:

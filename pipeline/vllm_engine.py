@@ -118,7 +118,7 @@ def _engine_args(config: VllmEngineConfig) -> Any:
     # from_engine_args defaults to 128 sequences and 2,048 batched tokens whatever the GPU: set both always.
     args: dict[str, Any] = {
         "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": 2048 if config.on_cpu else 8192,
+        "max_num_batched_tokens": max(2048, config.max_model_len) if config.on_cpu else 8192,
         "enable_prefix_caching": True,
         "tokenizer_mode": "hf",
         "config_format": "hf",
@@ -136,6 +136,9 @@ def _engine_args(config: VllmEngineConfig) -> Any:
     }
     if config.on_cpu:
         args.setdefault("enforce_eager", True)
+        # A prompt split over two steps takes back the random number drawn for the unfinished one, by moving its seeded
+        # generator's offset; CPU generators have none, and 0.30 dies: "CPU Generator does not use offset".
+        args.setdefault("enable_chunked_prefill", False)
     if config.tensor_parallel > 1:
         # Inside a placement group vLLM would pick `ray`, which CPU doesn't support and which may join another cluster.
         args.setdefault("distributed_executor_backend", "mp")

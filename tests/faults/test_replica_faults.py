@@ -147,6 +147,15 @@ def test_a_model_that_never_loads_ends_the_run_with_its_reason(local_ray: None) 
         run.close()
 
 
+def test_an_engine_that_dies_on_every_row_ends_the_run_instead_of_restarting_for_ever(local_ray: None) -> None:
+    run = Run(ScriptedConfig(faults={1: "raise"}), 1)
+    try:
+        with pytest.raises(InfrastructureError, match=r"10 replicas in a row died.*engine core died by script"):
+            run.generate(requests_for(range(300)))
+    finally:
+        run.close()
+
+
 def _drained(run: Run, action: str) -> list[list[Outcome | None] | None]:
     async def work() -> list[list[Outcome | None] | None]:
         dispatcher = Dispatcher(run.fleet, on_outcome=lambda request, outcome: None, **run.limits)
