@@ -1,4 +1,4 @@
-"""What a result depends on, as flat {field: value} text, and which fields differ between two runs.
+"""What a result depends on, as flat {field: value} text; `pipeline.resume` compares two of them.
 
 Owns the list of what doesn't count. A field that nobody thought of counts: refusing to resume is safe, mixing the
 results of two settings in one output is not.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.rows import SCHEMA_VERSION
@@ -56,15 +55,6 @@ NEUTRAL_ENGINE_ARGS = frozenset(
 _LONGEST_VALUE = 400
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One field whose value differs; None stands for a field that one side doesn't have."""
-
-    field: str
-    old: str | None
-    new: str | None
-
-
 def fingerprint_fields(
     spec: JobSpec, *, model_identity: Mapping[str, Any], input_identity: Mapping[str, Any]
 ) -> dict[str, str]:
@@ -79,12 +69,6 @@ def fingerprint_fields(
     fields |= {f"input_files.{name}": _shown(value) for name, value in input_identity.items()}
     fields["schema_version"] = str(SCHEMA_VERSION)
     return dict(sorted(fields.items()))
-
-
-def changed_fields(old: Mapping[str, str], new: Mapping[str, str]) -> list[Change]:
-    """The fields that differ, by name; empty means that the runs give the same results."""
-    names = sorted(old.keys() | new.keys())
-    return [Change(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

@@ -64,7 +64,7 @@ class Ledger:
         self._lease = lease
         self._event_numbers = itertools.count(1)
 
-    def open_run(self, plan: Plan, fingerprint_fields: Mapping[str, Any], *, resume: Resume) -> Opened:
+    def open_run(self, plan: Plan, fingerprint_fields: Mapping[str, str], *, resume: Resume) -> Opened:
         """Start the run or continue the one that is there. Safe to repeat after a crash at any point.
 
         Raises:
@@ -83,7 +83,7 @@ class Ledger:
         refuse_foreign_parts(found.part_names, self._indices.keys(), output=self.store.root)
         return Opened(self.plan, decision, len(found.part_names))
 
-    def fingerprint(self) -> dict[str, Any] | None:
+    def fingerprint(self) -> dict[str, str] | None:
         """Fields that the run's results depend on; None if no run ever began here."""
         data = self._read(FINGERPRINT)
         return None if data is None else _parse(self.store, FINGERPRINT, data, _fingerprint_fields)
@@ -185,7 +185,7 @@ def _part_names(plan: Plan) -> Sequence[str]:
     return [plan.shard(index).part_name for index in range(plan.num_shards)]
 
 
-def _fingerprint_fields(text: str) -> dict[str, Any]:
+def _fingerprint_fields(text: str) -> dict[str, str]:
     return dict(json.loads(text)["fields"])
 
 

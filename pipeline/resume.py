@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.errors import SpecError
 
@@ -32,7 +32,7 @@ class Decision(Enum):
 class Found:
     """What an output holds."""
 
-    fingerprint: Mapping[str, Any] | None
+    fingerprint: Mapping[str, str] | None
     """Fields of the run that began there; None if none did."""
     part_names: Collection[str]
 
@@ -49,19 +49,18 @@ class Change:
         return f"{self.field}: {_short(self.old)} -> {_short(self.new)}"
 
 
-def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Fields whose values differ as JSON, in name order."""
-    before, after = _as_json(old), _as_json(new)
-    names = sorted(before.keys() | after.keys())
-    return [Change(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
+def changed_fields(old: Mapping[str, str], new: Mapping[str, str]) -> list[Change]:
+    """Fields whose values differ, in name order; empty means that the runs give the same results."""
+    names = sorted(old.keys() | new.keys())
+    return [Change(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
-def fingerprint_digest(fields: Mapping[str, Any]) -> str:
+def fingerprint_digest(fields: Mapping[str, str]) -> str:
     """Return a short name for a fingerprint, as parts carry it; equal for equal fields in any order."""
-    return hashlib.sha256(json.dumps(_as_json(fields), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def decide(found: Found, fingerprint: Mapping[str, Any], *, resume: Resume, output: str) -> Decision:
+def decide(found: Found, fingerprint: Mapping[str, str], *, resume: Resume, output: str) -> Decision:
     """Say whether a run with this fingerprint starts afresh in the output or continues what is there.
 
     Raises:
@@ -109,10 +108,6 @@ def _refuse_unknown_data(part_names: Collection[str], output: str) -> None:
             f"{output}/data holds {len(part_names)} files, but no run is recorded there: {_some(sorted(part_names))}; "
             "move them away, or choose an empty output.path"
         )
-
-
-def _as_json(fields: Mapping[str, Any]) -> dict[str, str]:
-    return {str(name): json.dumps(value, sort_keys=True, ensure_ascii=False) for name, value in fields.items()}
 
 
 def _short(value: str | None) -> str:

@@ -25,9 +25,9 @@ MOE = MoeShape(num_layers=2, num_experts=8, top_k=2)
 class ScriptedConfig:
     """Picklable; builds the engine in the replica's process.
 
-    faults: {token id: action}, where an action is one of `crash` (SIGKILL to itself), `raise` (step raises), `hang` (step
-    never returns), `error` (the request fails), `error_once` (fails once per process), `refuse` (add raises), `never` (the
-    request never finishes), `zeros` (routing of silent zeros).
+    faults: {token id: action}, where an action is one of `crash` (SIGKILL to itself), `raise` (step raises), `hang`
+    (step never returns), `error` (the request fails), `error_once` (fails once per process), `refuse` (add raises),
+    `never` (the request never finishes), `zeros` (routing of silent zeros).
     """
 
     max_num_seqs: int = 64
@@ -40,7 +40,7 @@ class ScriptedConfig:
     random_routing: bool = False
     faults: dict[int, str] = field(default_factory=dict)
     journal: str | None = None
-    """Directory in which each engine process logs the requests it starts, one line each: what tests count attempts by."""
+    """Directory in which each engine process logs the requests it starts, one line each."""
 
     def build(self) -> ScriptedEngine:
         if self.fail_start:
@@ -57,7 +57,9 @@ class ScriptedEngine:
         self._seen: set[int] = set()
         self._journal = None
         if config.journal:
-            self._journal = open(os.path.join(config.journal, f"{os.getpid()}.log"), "a", buffering=1)
+            self._journal = open(  # noqa: SIM115  open as long as the process
+                os.path.join(config.journal, f"{os.getpid()}.log"), "a", buffering=1
+            )
 
     def add(self, request: Request) -> None:
         if self._action(request) == "refuse":
@@ -73,12 +75,11 @@ class ScriptedEngine:
                 self._journal.write(",".join(map(str, request.prompt_token_ids[:64])) + "\n")
             action = self._action(request)
             self._misbehave(action)
-            if action in ("error", "error_once"):
-                if action == "error" or id_of(request) not in self._seen:
-                    self._seen.add(id_of(request))
-                    del self._running[request_id]
-                    done.append(Failure(request_id, "request_error", "failed by script"))
-                    continue
+            if action == "error" or (action == "error_once" and id_of(request) not in self._seen):
+                self._seen.add(id_of(request))
+                del self._running[request_id]
+                done.append(Failure(request_id, "request_error", "failed by script"))
+                continue
             if action == "never":
                 continue
             if left > 1:
@@ -122,7 +123,8 @@ def complete(request: Request, config: ScriptedConfig, *, zeros: bool = False) -
 def scripted_sample(request: Request, index: int, config: ScriptedConfig, *, zeros: bool = False) -> Sample:
     """Depends on prompt, sampling and seed alone, as a deterministic engine's would."""
     seed = (request.seed or 0) + index if request.sampling.temperature > 0 else 0
-    digest = hashlib.blake2b(np.asarray(request.prompt_token_ids, np.int32).tobytes() + seed.to_bytes(8, "little")).digest()
+    prompt = np.asarray(request.prompt_token_ids, np.int32).tobytes()
+    digest = hashlib.blake2b(prompt + seed.to_bytes(8, "little")).digest()
     length = 1 + digest[0] % 8
     limit = request.sampling.max_tokens
     truncated = length > limit

@@ -66,10 +66,9 @@ def read_output(output: str | Path) -> pa.Table:
     parts = sorted(store.list("data"))
     tables = [pq.read_table(store.open(f"data/{name}")) for name in parts]
     table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
-    table = table.set_column(0, table.schema.field(0).name, table.column(0))
     keys = [("input_file", "ascending"), ("input_row", "ascending"), ("sample_index", "ascending")]
-    plain = table.set_column(table.schema.get_field_index("input_file"), "input_file", table["input_file"].cast(pa.string()))
-    return plain.sort_by(keys)
+    position = table.schema.get_field_index("input_file")
+    return table.set_column(position, "input_file", table["input_file"].cast(pa.string())).sort_by(keys)
 
 
 def results(output: str | Path) -> dict[tuple[str, int, int], tuple[Any, ...]]:
@@ -87,7 +86,7 @@ def check_whole(output: str | Path, num_rows: int) -> RunCounters:
     """Every row is there once, footers say what rows say, and the summary says what footers say; returns the totals."""
     store = Store(str(output))
     table = read_output(output)
-    rows = {(file, row) for file, row in zip(table["input_file"].to_pylist(), table["input_row"].to_pylist(), strict=True)}
+    rows = set(zip(table["input_file"].to_pylist(), table["input_row"].to_pylist(), strict=True))
     assert len(rows) == num_rows
     totals = RunCounters()
     for name in store.list("data"):

@@ -17,7 +17,7 @@ from pipeline.model import ModelFiles
 from pipeline.templating import TemplateStage
 from tests.whole_runs import check_whole, make_job, read_output, results, write_prompts
 
-WORDS = "wind harbour seven copper lantern orbit violin maple thunder paper quiet river glass market winter signal".split()
+WORDS = ["wind", "harbour", "seven", "copper", "lantern", "orbit", "violin", "maple", "thunder", "paper", "glass"]
 
 
 def sentences(count: int, seed: int = 1) -> list[str]:

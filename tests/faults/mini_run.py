@@ -20,7 +20,7 @@ from pipeline.resume import fingerprint_digest
 from pipeline.shards import Plan, Shard
 from pipeline.storage import Store
 
-FIELDS: dict[str, Any] = {"model.source": "tiny", "prompt.template": "{{ text }}", "sampling.seed": 1}
+FIELDS = {"model.source": '"tiny"', "prompt.template": '"{{ text }}"', "sampling.seed": "1"}
 FILES = {"a.parquet": 5, "b.parquet": 0, "c.parquet": 4}
 
 

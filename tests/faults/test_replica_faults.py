@@ -116,7 +116,7 @@ def test_replicas_killed_from_outside_are_replaced_and_no_row_is_lost(local_ray:
         killed: set[int] = set()
         deadline = time.monotonic() + 60
         while len(killed) < 2 and time.monotonic() < deadline:
-            for log in tmp_path.glob("*.log"):
+            for log in tmp_path.glob("*.log"):  # noqa: ASYNC240  a few local names
                 pid = int(log.stem)
                 if pid not in killed and log.stat().st_size > 400 and len(killed) < 2:
                     os.kill(pid, signal.SIGKILL)
@@ -163,7 +163,7 @@ def _drained(run: Run, action: str) -> list[list[Outcome | None] | None]:
             dispatcher.generate(requests_for(range(200))) for _ in range(5)
         ]
         tasks = [asyncio.ensure_future(shard) for shard in shards]
-        while dispatcher.num_in_flight == 0:
+        while dispatcher.num_in_flight == 0:  # noqa: ASYNC110  the dispatcher tells nobody
             await asyncio.sleep(0.005)
         getattr(dispatcher, action)()
         return await asyncio.gather(*tasks)

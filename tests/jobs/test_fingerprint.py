@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from jobs.fingerprint import NEUTRAL_ENGINE_ARGS, Change, changed_fields, fingerprint_fields
+from jobs.fingerprint import NEUTRAL_ENGINE_ARGS, fingerprint_fields
 from jobs.spec import parse_spec
 from jobs.spec_fields import all_fields
+from pipeline.resume import Change, changed_fields
 
 BASE = """
 name: job

@@ -88,7 +88,7 @@ def test_changed_field_is_refused_and_nothing_is_touched(local: Store) -> None:
     commit(local, 0)
     before = (local.read(PLAN), local.read(FINGERPRINT))
     with pytest.raises(SpecError, match=r'prompt.template: "{{ text }}" -> "other"'):
-        Ledger(local).open_run(small_plan(), {**FIELDS, "prompt.template": "other"}, resume="if_possible")
+        Ledger(local).open_run(small_plan(), {**FIELDS, "prompt.template": '"other"'}, resume="if_possible")
     assert (local.read(PLAN), local.read(FINGERPRINT)) == before
 
 

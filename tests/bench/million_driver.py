@@ -1,0 +1,110 @@
+"""A whole run through the scripted engine in a process of its own, which watches its memory and its dispatcher's.
+
+    python tests/bench/million_driver.py ROWS FOLDER [REPLICAS]
+
+Writes FOLDER/in.parquet and FOLDER/out, and prints one JSON object: rates and (rows done, driver, dispatcher) in MiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from tests.scripted_engine import ScriptedConfig
+from tests.whole_runs import TINY_MOE, make_job, run_scripted
+
+INTERVAL_S = 0.5
+MIB = 1 << 20
+
+
+def write_rows(path: Path, rows: int, *, row_group: int = 50_000) -> Path:
+    """Short prompts in several row groups, written group by group."""
+    schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, rows, row_group):
+            ids = range(start, min(rows, start + row_group))
+            table = {"id": list(ids), "text": [f"question number {n}" for n in ids]}
+            writer.write_table(pa.table(table, schema=schema), row_group_size=row_group)
+    return path
+
+
+@dataclass
+class MemoryWatch:
+    """Samples resident memory of this process and of the dispatcher's, until told to stop."""
+
+    progress_file: Path
+    samples: list[tuple[int, float, float]] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+    _dispatcher: psutil.Process | None = None
+
+    def watch(self) -> None:
+        me = psutil.Process()
+        while not self.stop.wait(INTERVAL_S):
+            with contextlib.suppress(OSError, ValueError, psutil.Error):
+                rows = json.loads(self.progress_file.read_text())["rows_done"]
+                dispatcher = self._dispatcher = self._dispatcher or find_dispatcher(me)
+                if dispatcher is not None:
+                    self.samples.append((rows, rss(me), rss(dispatcher)))
+
+
+def rss(process: psutil.Process) -> float:
+    """MiB that are the process's own: the object store's shared pages belong to nobody."""
+    memory = process.memory_info()
+    return (memory.rss - memory.shared) / MIB
+
+
+def find_dispatcher(driver: psutil.Process) -> psutil.Process | None:
+    for child in driver.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "GenerateStage" in " ".join(child.cmdline()):
+                return child
+    return None
+
+
+def main(rows: int, folder: Path, replicas: int) -> None:
+    job = make_job(write_rows(folder / "in.parquet", rows), folder / "out")
+    watch = MemoryWatch(folder / "out" / "_run" / "progress.json")
+    thread = threading.Thread(target=watch.watch, daemon=True)
+    with tempfile.TemporaryDirectory(prefix="tm-ray-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=256 << 20,
+            _temp_dir=ray_folder,
+        )
+        thread.start()
+        began = time.monotonic()
+        summary = run_scripted(job, ScriptedConfig(moe=TINY_MOE, max_num_seqs=512), replicas=replicas)
+        wall = time.monotonic() - began
+        watch.stop.set()
+        thread.join()
+        ray.shutdown()
+    report = {
+        "rows": rows,
+        "wall_s": wall,
+        "timings": summary["timings"],
+        "exit_code": summary["exit_code"],
+        "counts": summary["counts"],
+        "load": os.getloadavg()[0],
+        "samples": watch.samples,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1)
