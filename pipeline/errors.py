@@ -9,9 +9,9 @@
     |-- RoutingInvalid         one sample's expert ids are impossible: nulled and counted; its text stands
     `-- RunError               the run stops; `exit_code` says how
         |-- SpecError            2  bad spec, input or settings; nothing ran
-        |-- TooManyFailures      1  more failed rows than allowed; what was committed stays
-        |-- InfrastructureError  3  safe to rerun
-        `-- Interrupted        130  safe to rerun
+        `-- InfrastructureError  3  safe to rerun
+
+A run that ends early on purpose (too many failed rows: 1, an interrupt: 130) is no exception; its summary says so.
 
 Exceptions cross process boundaries: every constructor argument reaches `super().__init__`, so pickling keeps them.
 """
@@ -92,19 +92,7 @@ class SpecError(RunError):
     exit_code = 2
 
 
-class TooManyFailures(RunError):
-    """More rows failed than `limits.max_failed_fraction` allows; committed parts stay."""
-
-    exit_code = 1
-
-
 class InfrastructureError(RunError):
     """Something under the run failed; rerunning the same command is safe."""
 
     exit_code = 3
-
-
-class Interrupted(RunError):
-    """A person or a scheduler asked the run to stop; rerunning the same command is safe."""
-
-    exit_code = 130

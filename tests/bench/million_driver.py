@@ -97,7 +97,7 @@ def main(rows: int, folder: Path, replicas: int) -> None:
     report = {
         "rows": rows,
         "wall_s": wall,
-        "timings": summary["timings"],
+        "execution": summary["this_execution"],
         "exit_code": summary["exit_code"],
         "counts": summary["counts"],
         "load": os.getloadavg()[0],
