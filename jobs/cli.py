@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,6 @@ from pipeline.errors import RunError
 
 app = typer.Typer(
     name="tramontane",
-    help="Offline inference for Mixtral-family mixture-of-experts models: rows in, rows out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,20 +26,42 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field, e.g. sampling.temperature=0", metavar="FIELD=VALUE"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
 
 
 def main() -> None:
-    """Entry point; turns a RunError into its message and exit code."""
+    """Entry point; turns a RunError into its message and exit code, and has a word to say when interrupted."""
     try:
         app()
     except RunError as error:
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted before anything was written; rerun the same command", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        # Typer turns Ctrl-C into this. Once rows are being done, `jobs.supervise` handles it, so none is yet.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            print("interrupted before any row was done; rerun the same command", file=sys.stderr)
+        raise
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"tramontane {version('tramontane')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Offline inference for Mixtral-family mixture-of-experts models: rows in, rows out.
+
+    Example: tramontane demo
+    """
 
 
 def _say(line: str) -> None:
@@ -51,25 +74,29 @@ def _print_json(value: Any) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Directory for prompts, spec and results.")] = Path("out/demo"),
-    rows: Annotated[int, typer.Option(min=1, help="Chat prompts to answer.")] = 200,
+    output: Annotated[Path, typer.Option(help="Directory for prompts, spec and results.", metavar="DIRECTORY")] = Path(
+        "out/demo"
+    ),
+    rows: Annotated[int, typer.Option(min=1, help="Chat prompts to answer.", metavar="N")] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Answer 200 chat prompts with a tiny Mixtral, from Parquet to Parquet.
+    """Answer 200 chat prompts with a tiny Mixtral.
 
     Example: tramontane demo
     """
-    from jobs.demo import run_demo
+    from jobs.demo import demo_tables, run_demo
 
     summary = run_demo(output, rows=rows, say=_say)
     if as_json:
         _print_json(summary)
+    elif summary["exit_code"] == 0:
+        print("\n".join(demo_tables(output)))
     raise typer.Exit(summary["exit_code"])
 
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.yaml"),
+    path: Annotated[Path, typer.Argument(help="File to write.", metavar="SPEC")] = Path("job.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write a commented spec to start from.
@@ -81,8 +108,12 @@ def init(
 
     if path.exists() and not force:
         raise SpecError(f"{path} exists; choose another name, or overwrite it with --force")
-    path.write_text(init_template(name=path.stem or "job"))
-    _say(f"wrote {path}; next: edit it, then `tramontane validate {path}` and `tramontane run {path}`")
+    try:
+        path.write_text(init_template(name=path.stem), encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"{path} can't be written: {error.strerror}; choose a file in a folder that exists") from None
+    shown = shlex.quote(str(path))
+    _say(f"wrote {path}; next: edit it, then `tramontane validate {shown}` and `tramontane run {shown}`")
 
 
 @app.command()
@@ -104,10 +135,10 @@ def validate(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = Fals
 def plan(
     spec: SpecPath,
     overrides: Overrides = None,
-    sample: Annotated[int, typer.Option(min=1, help="Rows to tokenize; fewer are counted exactly.")] = 2000,
+    sample: Annotated[int, typer.Option(min=1, help="Rows to tokenize; smaller inputs are exact.", metavar="N")] = 2000,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would do: files, rows, tokens, shards, what is already done. Touches nothing.
+    """Say what a run would do; touches nothing.
 
     Example: tramontane plan job.yaml
     """
@@ -126,10 +157,10 @@ def plan(
 def preview(
     spec: SpecPath,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows, spread over the input.")] = 10,
+    rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows, spread over the input.", metavar="N")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a few rows through the real path and print prompts and completions. Writes nothing to the output.
+    """Answer a few rows and print them; the output stays as it is.
 
     Example: tramontane preview job.yaml -n 5
     """
@@ -155,7 +186,7 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a job, or continue it where an earlier execution stopped.
+    """Run a job, or continue it where it stopped.
 
     Example: tramontane run job.yaml
     """
@@ -168,8 +199,10 @@ def run(
 def retry(
     spec: SpecPath,
     overrides: Overrides = None,
-    status: Annotated[list[str] | None, typer.Option(help="Rows with this status instead of `failed`.")] = None,
-    kind: Annotated[list[str] | None, typer.Option(help="Only rows with this error kind.")] = None,
+    status: Annotated[
+        list[str] | None, typer.Option(help="Rows with this status instead of `failed`.", metavar="STATUS")
+    ] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Only rows with this error kind.", metavar="KIND")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -191,12 +224,12 @@ def retry(
 
 @app.command()
 def status(
-    output: Annotated[str, typer.Argument(help="The run's output directory or URL, or its spec.")],
+    output: Annotated[str, typer.Argument(help="The run's output directory or URL, or its spec.", metavar="OUTPUT")],
     as_json: AsJson = False,
 ) -> None:
-    """Show how far a run is, from its files alone; works from any shell while it runs.
+    """Show how far a run is, from its files alone.
 
-    Example: tramontane status out/demo
+    Example: tramontane status out/demo/result
     """
     from jobs.status import read_status, status_lines
 
@@ -213,11 +246,13 @@ def _run(spec: Path, overrides: list[str] | None, options: Any, *, as_json: bool
     from jobs.run import run_job
     from jobs.spec import load_spec
 
+    began = datetime.now(UTC)
     job = prepare(load_spec(spec, overrides or []))
     for line in id_warnings(job):
         _say(line)
     summary = run_job(job, options, say=_say)
-    for line in closing_lines(job, summary, command=f"tramontane run {spec}"):
+    settings = [word for override in overrides or [] for word in ("--set", override)]
+    for line in closing_lines(job, summary, spec_words=[str(spec), *settings], began=began):
         _say(line)
     if as_json:
         _print_json(summary)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import SpecError
 
 SUBJECTS = [
     "the mistral wind",
@@ -23,12 +26,12 @@ TASKS = {
     "translation": "How would you say a sentence about {} in French?",
 }
 SPEC = """\
-# Written by `tramontane demo`. Edit it and run it again, or start afresh with `tramontane init`.
+# Written by `tramontane demo`. Copy it, edit the copy and run that, or start afresh with `tramontane init`.
 name: demo
 model:    {{source: tiny, dtype: float32, max_model_len: 1024}}
 input:    {{path: "{prompts}"}}
 prompt:   {{messages: messages}}
-sampling: {{temperature: 0.7, max_tokens: 48, seed: 1}}
+sampling: {{temperature: 0.7, max_tokens: 48, seed: 3}}
 output:   {{path: "{output}"}}
 routing:  {{level: counts, slice_by: topic}}
 """
@@ -54,7 +57,11 @@ def make_prompts(num_rows: int) -> list[dict[str, Any]]:
 
 
 def run_demo(folder: Path, *, rows: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write prompts and spec under `folder`, run the job, print a table; returns the summary."""
+    """Write prompts and spec under `folder` and run the job; returns the summary.
+
+    Raises:
+        SpecError: `folder` holds a demonstration that was edited, or one of another size.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -63,29 +70,37 @@ def run_demo(folder: Path, *, rows: int, say: Callable[[str], None]) -> dict[str
     from jobs.run import RunOptions, run_job
     from jobs.spec import load_spec
 
+    began = datetime.now(UTC)
     folder.mkdir(parents=True, exist_ok=True)
-    prompts, spec_file, output = folder / "prompts.parquet", folder / "job.yaml", folder / "result"
-    table = pa.Table.from_pylist(make_prompts(rows))
-    if not prompts.exists() or not pq.read_table(prompts).equals(table):  # its modification time is part of the run
-        pq.write_table(table, prompts)
+    prompts, spec_file = folder / "prompts.parquet", folder / "job.yaml"
+    text = SPEC.format(prompts=prompts, output=folder / "result")
     if not spec_file.exists():
-        spec_file.write_text(SPEC.format(prompts=prompts, output=output))
+        spec_file.write_text(text)
+    elif spec_file.read_text() != text:
+        raise SpecError(
+            f"{spec_file} was edited; run it with `tramontane run {spec_file}`, or give the demo another --output"
+        )
+    table = pa.Table.from_pylist(make_prompts(rows))
+    if not prompts.exists():
+        pq.write_table(table, prompts)
+    elif not pq.read_table(prompts).equals(table):  # its modification time is part of the run: never written again
+        raise SpecError(f"{prompts} doesn't hold the demo's {rows} prompts; give --rows as before, or another --output")
     say(f"{rows} chat prompts in {prompts}, job in {spec_file}")
     job = prepare(load_spec(spec_file))
     summary = run_job(job, RunOptions(), say=say)
-    for line in closing_lines(job, summary, command=f"tramontane run {spec_file}"):
+    for line in closing_lines(job, summary, spec_words=[str(spec_file)], began=began):
         say(line)
-    print("\n".join(demo_tables(output)))
     return summary
 
 
-def demo_tables(output: Path) -> list[str]:
-    """A few rows, and how the experts of the first and last layer were used."""
+def demo_tables(folder: Path) -> list[str]:
+    """A few rows of a finished demonstration, and how its experts were used."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    output = folder / "result"
     table = pq.read_table(output / "data").sort_by("input_row").slice(0, 4)
-    lines = ["", "id         status     in  out  text (noise: the weights are random)"]
+    lines = ["", "id         status     in  out  text (noise: the weights are random, and so never stop by themselves)"]
     for row in table.select(["id", "status", "num_input_tokens", "num_generated_tokens", "generated_text"]).to_pylist():
         text = " ".join((row["generated_text"] or "").split())[:60]
         lines.append(

@@ -23,9 +23,10 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./:*-]*")
 
 
 def init_template(
-    *, name: str = "quickstart", input_path: str = "prompts/*.parquet", output_path: str = "out/quickstart"
+    *, name: str = "quickstart", input_path: str = "prompts/*.parquet", output_path: str | None = None
 ) -> str:
-    """Text of a spec to start from."""
+    """Text of a spec to start from; `name` is made a legal one, and the output is named after it."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:64] or "quickstart"
     chosen = {
         "name": name,
         "model.source": "tiny",
@@ -33,7 +34,7 @@ def init_template(
         "prompt.messages": "messages",
         "sampling.temperature": 0.7,
         "sampling.seed": 1,
-        "output.path": output_path,
+        "output.path": output_path or f"out/{name}",
         "fleet.pools.gpu": "cpu",
         "fleet.pools.replicas": 1,
     }

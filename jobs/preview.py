@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from jobs.estimate import even_sample
 from jobs.prepare import PreparedJob
-from jobs.run import Engines, Work, execute_work
+from jobs.run import Engines, execute_work
 from jobs.summary import Execution
+from jobs.work import Work
 from pipeline.counters import RowTotals
 from pipeline.errors import SpecError
 from pipeline.read import read_shard

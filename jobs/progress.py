@@ -6,6 +6,7 @@ Knows nothing of Ray. `tramontane status` shows the same from the file alone.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -48,7 +49,7 @@ class Progress:
         share = self.rows_done / self.rows_total if self.rows_total else 1.0
         eta = "ETA -" if self.eta_s is None else f"ETA {duration(self.eta_s)}"
         return (
-            f"{self.state:<8} {self.rows_done:,} of {self.rows_total:,} rows ({share:.0%}) | "
+            f"{self.state:<8} {self.rows_done:,} of {self.rows_total:,} rows ({math.floor(100 * share)}%) | "
             f"failed {self.rows_failed:,} | "
             f"tokens/s in {self.input_tokens_per_s:,.0f} out {self.output_tokens_per_s:,.0f} | "
             f"replicas {self.replicas_up}/{self.replicas_wanted} | {eta}"

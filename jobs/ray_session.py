@@ -13,6 +13,9 @@ LOGICAL_CPUS = 4
 """At least so many: reading, templating and writing overlap, and with fewer a stage may wait for a slot for ever."""
 OBJECT_STORE_BYTES = 1 << 30
 
+# Before Ray is imported. A flow that was given up, and still runs when Ray is shut down, would start another one.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 
 @contextmanager
 def local_ray() -> Iterator[None]:

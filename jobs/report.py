@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from jobs.prepare import PreparedJob
 from jobs.progress import duration
+from pipeline.errors import RETRYABLE_KINDS
 
-ABOUT_STATUS = {
-    "done": "done",
-    "too_many_failures": "stopped: more rows failed than limits.max_failed_fraction allows",
-    "interrupted": "interrupted; what is committed is safe",
+HEADLINES = {
+    "done": "done in {time}",
+    "too_many_failures": "stopped after {time}: more rows failed than limits.max_failed_fraction allows",
+    "interrupted": "interrupted after {time}; what is committed is safe",
 }
 
 
@@ -27,13 +31,22 @@ def id_warnings(job: PreparedJob) -> list[str]:
     return [warning]
 
 
-def closing_lines(job: PreparedJob, summary: dict[str, Any], *, command: str) -> list[str]:
-    """The end of a run, in a few lines."""
+def closing_lines(
+    job: PreparedJob, summary: dict[str, Any], *, spec_words: Sequence[str], began: datetime
+) -> list[str]:
+    """The end of a run, in a few lines.
+
+    Args:
+        job: what was run.
+        summary: what came of it; an earlier execution's when there was nothing left to do.
+        spec_words: arguments that name this job on the command line: the spec and its overrides.
+        began: when the command started.
+    """
     counts, tokens, this = summary["counts"], summary["tokens"], summary["this_execution"]
     rates = this["rates"]
     by_status = ", ".join(f"{counts[name]:,} {name}" for name in ("ok", "truncated", "invalid", "failed"))
     lines = [
-        f"{ABOUT_STATUS.get(summary['status'], summary['status'])} in {duration(this['timings'].get('total_s', 0.0))}",
+        _headline(summary, began),
         f"  rows      {counts['committed_rows']:,} of {counts['input_rows']:,} committed: {by_status}",
         f"  tokens    {tokens['input']:,} in ({tokens['cached']:,} cached), {tokens['generated']:,} out",
     ]
@@ -46,19 +59,33 @@ def closing_lines(job: PreparedJob, summary: dict[str, Any], *, command: str) ->
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary["error_kinds"].items())
         lines.append(f"  errors    {kinds}")
     lines += _routing_lines(job, summary)
-    lines.append(f"  output    {job.spec.output.path.rstrip('/')}/data/*.parquet, summary.json")
-    lines.append(f"next: {next_command(summary, command)}")
+    data = f"{job.spec.output.path.rstrip('/')}/data/*.parquet"
+    lines.append(f"  output    {data}, summary.json")
+    lines.append(f"next: {next_step(summary, shlex.join(spec_words), data)}")
     return lines
 
 
-def next_command(summary: dict[str, Any], command: str) -> str:
-    """What to type next."""
-    output = "data/*.parquet"
-    if summary["status"] == "interrupted" or summary["counts"]["missing_rows"]:
-        return f"{command}   (continues where this one stopped)"
-    if summary["counts"]["failed"]:
-        return f"{command.replace(' run ', ' retry ')}   (does the failed rows again)"
-    return f"read {output}; running the same command again finds nothing to do"
+def next_step(summary: dict[str, Any], spec: str, data: str) -> str:
+    """What to do next: usually a command to type."""
+    if summary["status"] == "too_many_failures":
+        return (
+            f"read the column `error` of {data}; mend the cause or raise limits.max_failed_fraction, then "
+            f"`tramontane run {spec}`"
+        )
+    if summary["counts"]["missing_rows"]:
+        return f"tramontane run {spec}   (continues where this one stopped)"
+    if not summary["counts"]["failed"]:
+        return f"read {data}; running the same command again finds nothing to do"
+    if RETRYABLE_KINDS & summary["error_kinds"].keys():
+        return f"tramontane retry {spec}   (does the failed rows again)"
+    return f"read the column `error` of {data}; these rows would fail again as they are"
+
+
+def _headline(summary: dict[str, Any], began: datetime) -> str:
+    this = summary["this_execution"]
+    text = HEADLINES[summary["status"]].format(time=duration(this["timings"].get("total_s", 0.0)))
+    is_earlier = datetime.fromisoformat(this["started_at"]) < began.replace(microsecond=0)
+    return f"the execution of {this['started_at']}: {text}" if is_earlier else text
 
 
 def _routing_lines(job: PreparedJob, summary: dict[str, Any]) -> list[str]:

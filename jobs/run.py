@@ -13,8 +13,8 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.fleet import PoolPlan, start_fleet, stop_fleet
@@ -23,37 +23,24 @@ from jobs.prepare import PreparedJob
 from jobs.progress import ProgressDisplay
 from jobs.ray_session import local_ray
 from jobs.summary import Execution, build_summary, read_summary, write_summary
-from jobs.supervise import Supervisor
+from jobs.supervise import Supervisor, sigterm_as_sigint
+from jobs.work import RunOptions, Work, find_work
 from pipeline.counters import RowTotals, RunCounters
 from pipeline.dispatcher import WINDOW_FACTOR
-from pipeline.errors import RETRYABLE_KINDS, InfrastructureError, SpecError
+from pipeline.errors import InfrastructureError, RunError, SpecError
 from pipeline.flow import Flow, run_flow
 from pipeline.generate import GenerateSettings
 from pipeline.lease import Lease, acquire_lease
 from pipeline.ledger import Ledger
 from pipeline.monitor import start_monitor
-from pipeline.parts import read_part
 from pipeline.resume import fingerprint_digest
 from pipeline.storage import Store
 from pipeline.templating import TemplateStage
 
+__all__ = ["Engines", "RunOptions", "execute_work", "run_job"]
+
 SEED = "_run/seed.json"
 SPEC = "_run/spec.json"
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """How to treat what is there."""
-
-    retry_failed: bool = True
-    """Do rows again that failed in an earlier execution for reasons that may have passed."""
-    only_failed: bool = False
-    """Do nothing but that, and for rows that failed for whatever reason."""
-    statuses: tuple[str, ...] = ("failed",)
-    """Which rows a retry does again."""
-    kinds: tuple[str, ...] | None = None
-    """Only rows with these error kinds; None for any."""
-    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +50,6 @@ class Engines:
     fleet: Any = None
     """A live fleet, left running."""
     pools: list[PoolPlan] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one execution has to do."""
-
-    shards: tuple[int, ...]
-    """Not committed yet."""
-    rows: dict[int, list[int]] = field(default_factory=dict)
-    """Shard -> the only rows of it to do, as row numbers within the file."""
-    retried_statuses: tuple[str, ...] | None = None
-    """Statuses that `rows` had in parts that are there; None when there are no such parts."""
-
-    @property
-    def num_single_rows(self) -> int:
-        """Rows to do outside of whole shards."""
-        return sum(map(len, self.rows.values()))
-
-    def num_rows(self, job: PreparedJob) -> int:
-        """Rows that an engine will see."""
-        return sum(job.plan.shard(index).num_rows for index in self.shards) + self.num_single_rows
 
 
 def run_job(
@@ -104,11 +70,13 @@ def run_job(
         pools: what to run instead of the spec's pools.
 
     Raises:
-        RunError: nothing could be done at all; `exit_code` says why. Once work began, failures are in the summary.
+        RunError: it could not go on; `exit_code` says why. What was committed stays.
+        KeyboardInterrupt: it was interrupted (or got SIGTERM) before work began or after it ended.
     """
     store = Store(job.spec.output.path)
-    TemplateStage(job.template).close()  # finds broken templates and tokenizers before anything is written
     execution = Execution(run_id=uuid.uuid4().hex[:8])
+    sigterm_as_sigint()
+    TemplateStage(job.template).close()  # finds broken templates and tokenizers before anything is written
     with acquire_lease(store, run_id=execution.run_id) as lease:
         return _execute(job, options, store, lease, execution, say, Engines(fleet, pools))
 
@@ -138,7 +106,13 @@ def _execute(
         ledger.record_event(
             "started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_single_rows
         )
-        status, exit_code = execute_work(job, work, store, execution, before.totals, engines, quiet=options.quiet)
+        try:
+            status, exit_code = execute_work(
+                job, work, store, execution, before.totals, engines, lease=lease, quiet=options.quiet
+            )
+        except RunError as error:
+            _record_failure(ledger, execution, error)
+            raise
     elif (finished := _already_finished(store, job, before)) is not None:
         return finished
     execution.timings["total_s"] = time.monotonic() - began
@@ -151,38 +125,15 @@ def _already_finished(store: Store, job: PreparedJob, totals: RunCounters) -> di
     if summary is None or summary["status"] not in ("done", "too_many_failures"):
         return None
     current = build_summary(job, totals, Execution(summary["run_id"]), status="done", exit_code=0)
-    return summary if summary["counts"] == current["counts"] else None
+    exit_code = 1 if job.too_many_failed(totals.totals.samples.get("failed", 0)) else 0  # the limit may have changed
+    return summary if (summary["counts"], summary["exit_code"]) == (current["counts"], exit_code) else None
 
 
-def find_work(ledger: Ledger, job: PreparedJob, before: RunCounters, options: RunOptions) -> Work:
-    """Which shards are missing, and which rows of committed parts to do again."""
-    shards = () if options.only_failed else tuple(ledger.todo())
-    if not (options.only_failed or options.retry_failed):
-        return Work(shards)
-    kinds: Sequence[str] | None = options.kinds
-    if kinds is None and not options.only_failed:
-        kinds = sorted(RETRYABLE_KINDS)
-    if not any(before.totals.samples.get(status, 0) for status in options.statuses):
-        return Work(shards)
-    retry: dict[int, list[int]] = {}
-    for index in ledger.failed_parts(statuses=options.statuses, kinds=kinds):
-        rows = rows_to_retry(ledger.store, job.plan.shard(index).part_name, options.statuses, kinds)
-        if rows:
-            retry[index] = rows
-    return Work(shards, retry, options.statuses)
-
-
-def rows_to_retry(store: Store, part_name: str, statuses: Sequence[str], kinds: Sequence[str] | None) -> list[int]:
-    """Rows of a part of which any sample has one of these statuses and, if given, error kinds; in order."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    table = read_part(store, part_name)
-    wanted = pc.is_in(table.column("status").cast(pa.string()), value_set=pa.array(list(statuses), pa.string()))
-    if kinds is not None:
-        kind = pc.struct_field(table.column("error"), "kind")
-        wanted = pc.and_(wanted, pc.fill_null(pc.is_in(kind, value_set=pa.array(list(kinds), pa.string())), False))  # noqa: FBT003
-    return sorted(set(table.filter(wanted).column("input_row").to_pylist()))
+def _record_failure(ledger: Ledger, execution: Execution, error: RunError) -> None:
+    with contextlib.suppress(OSError, InfrastructureError):  # if the storage is what failed, its error is on its way
+        ledger.record_event(
+            "ended", run_id=execution.run_id, status="failed", exit_code=error.exit_code, message=error.message[:1000]
+        )
 
 
 def opening_line(run_id: str, job: PreparedJob, before: RunCounters, work: Work, store: Store) -> str:
@@ -204,9 +155,12 @@ def execute_work(
     before: RowTotals,
     engines: Engines,
     *,
+    lease: Lease | None = None,
     quiet: bool = False,
 ) -> tuple[str, int]:
     """Start Ray and the fleet, do the work, and end both; fills in `execution`, returns the status and exit code.
+
+    With a lease, work ends as soon as the output turns out to be somebody else's.
 
     Raises:
         RunError: the flow or the fleet failed; what was committed stays.
@@ -218,6 +172,7 @@ def execute_work(
     window = WINDOW_FACTOR * sum(pool.num_replicas * pool.max_num_seqs for pool in pools)
     flow = make_flow(job, store, job_seed(store, spec.sampling.seed), window=window)
     with local_ray(), ProgressDisplay(store, quiet=quiet) as display:
+        sigterm_as_sigint()  # again: `ray.init` has put a handler of its own in place
         monitor = start_monitor()
         fleet = engines.fleet or start_fleet(
             pools,
@@ -225,7 +180,9 @@ def execute_work(
             request_timeout_s=spec.limits.request_timeout_s,
         )
         rows_to_do = work.num_rows(job)
-        supervisor = Supervisor(job, execution, fleet, monitor, display, rows_before=before, rows_to_do=rows_to_do)
+        supervisor = Supervisor(
+            job, execution, fleet, monitor, display, rows_before=before, rows_to_do=rows_to_do, lease=lease
+        )
 
         def flows() -> None:
             if work.shards:

@@ -19,13 +19,14 @@ from jobs.progress import ProgressDisplay, ProgressTracker
 from jobs.summary import Execution
 from pipeline.counters import RowTotals
 from pipeline.errors import InfrastructureError, RunError
+from pipeline.lease import Lease
 from pipeline.monitor import Figures
 
 logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 0.25
-ABANDON_GRACE_S = 10.0
-"""How long a flow may take to end after everything unfinished was dropped."""
+GRACE_S = 10.0
+"""How long a flow may take to end after everything unfinished was dropped, or all that was begun is committed."""
 
 
 class Supervisor:
@@ -41,12 +42,14 @@ class Supervisor:
         *,
         rows_before: RowTotals,
         rows_to_do: int,
+        lease: Lease | None = None,
     ) -> None:
         self._job = job
         self._execution = execution
         self._fleet = fleet
         self._monitor = monitor
         self._display = display
+        self._lease = lease
         self._failed_before = rows_before.samples.get("failed", 0)
         self._tracker = ProgressTracker(
             run_id=execution.run_id,
@@ -59,7 +62,9 @@ class Supervisor:
         self._interrupts = 0
         self._reason: tuple[str, int] | None = None
         self._drain_deadline: float | None = None
+        self._stopped_at: float | None = None
         self._abandoned_at: float | None = None
+        self._lease_lost: InfrastructureError | None = None
         self._error: BaseException | None = None
         self._figures = Figures()
         self._first_row_at: float | None = None
@@ -67,7 +72,7 @@ class Supervisor:
     @property
     def goes_on(self) -> bool:
         """Whether nothing has ordered the run to end early."""
-        return self._reason is None
+        return self._reason is None and self._lease_lost is None
 
     def run(self, flows: Callable[[], None]) -> tuple[str, int]:
         """Run the flow to its end; returns the run's status and exit code.
@@ -82,10 +87,13 @@ class Supervisor:
             while thread.is_alive() and not self._given_up():
                 thread.join(LOOK_INTERVAL_S)
                 self._look(thread)
+            self._show("ended")
         self._note_fleet()
         generate_began = self._first_row_at or began
         self._execution.timings["start_s"] = generate_began - began
         self._execution.timings["generate_s"] = time.monotonic() - generate_began
+        if self._lease_lost is not None:
+            raise self._lease_lost
         if self._reason is not None:
             return self._reason
         if self._error is not None:
@@ -119,7 +127,9 @@ class Supervisor:
             self._reason = ("interrupted", 130)
 
     def _given_up(self) -> bool:
-        return self._abandoned_at is not None and time.monotonic() - self._abandoned_at > ABANDON_GRACE_S
+        now = time.monotonic()
+        ends = [ordered for ordered in (self._abandoned_at, self._stopped_at) if ordered is not None]
+        return any(now - ordered > GRACE_S for ordered in ends) or self._interrupts > 2
 
     def _look(self, thread: threading.Thread) -> None:
         import ray
@@ -131,22 +141,40 @@ class Supervisor:
         failed = self._figures.rows_failed + (0 if self._retrying else self._failed_before)
         if self._reason is None and self._job.too_many_failed(failed):
             self._reason = ("too_many_failures", 1)
+        self._check_lease()
         self._give_orders()
-        state = "ended" if not thread.is_alive() else "draining" if self._reason else "running"
-        if state == "running" and not self._figures.replicas_up:
-            state = "starting"
+        if thread.is_alive():
+            starting = self.goes_on and not self._figures.replicas_up
+            self._show("starting" if starting else "running" if self.goes_on else "draining")
+
+    def _show(self, state: str) -> None:
         self._display.show(self._tracker.look(self._figures, state), final=state == "ended")
 
+    def _check_lease(self) -> None:
+        if self._lease is None or self._lease_lost is not None:
+            return
+        try:
+            self._lease.check()
+        except InfrastructureError as error:
+            self._lease_lost = error
+
     def _give_orders(self) -> None:
-        if self._reason is None:
+        if self.goes_on:
             return
         now = time.monotonic()
         if self._drain_deadline is None:
             self._drain_deadline = now + self._job.spec.limits.drain_timeout_s
             self._monitor.give_order.remote("drain")
-        if self._abandoned_at is None and (self._interrupts > 1 or now > self._drain_deadline):
+        too_late = self._interrupts > 1 or self._lease_lost is not None or now > self._drain_deadline
+        if self._abandoned_at is None and too_late:
             self._abandoned_at = now
             self._monitor.give_order.remote("abandon")
+        if self._stopped_at is None and self._figures.drained:
+            # Left alone, the flow would still read and template the whole rest of the input. It ends by an exception,
+            # of which Ray Data would speak at length.
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+            self._stopped_at = now
+            self._monitor.give_order.remote("stop")
 
     def _note_fleet(self) -> None:
         import ray
@@ -180,3 +208,9 @@ class Supervisor:
         return InfrastructureError(
             f"{type(error).__name__}: {first_line[:500]}; what is committed is safe: rerun the same command"
         )
+
+
+def sigterm_as_sigint() -> None:
+    """Let SIGTERM raise KeyboardInterrupt as SIGINT does: a stop is no crash. `Supervisor.run` has its own handlers."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -26,11 +26,12 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
     """Commits each shard as it arrives."""
 
     def __init__(
-        self, store: Store, plan_ref: Any, *, fingerprint: str, retried_statuses: Sequence[str] | None
+        self, store: Store, plan_ref: Any, monitor: Any, *, fingerprint: str, retried_statuses: Sequence[str] | None
     ) -> None:
         super().__init__()
         self._store = store
         self._plan_ref = plan_ref
+        self._monitor = monitor
         self._fingerprint = fingerprint
         self._retried_statuses = retried_statuses
         """None when whole shards are written; else only rows of these statuses were done again."""
@@ -53,6 +54,7 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
         if self._retried_statuses is not None:
             rows, counters = overlay(self._store, name, rows, counters, self._retried_statuses)
         commit_part(self._store, name, encode_part(rows, counters.to_json_bytes(), {"fingerprint": self._fingerprint}))
+        self._monitor.note_commit.remote(shard)
 
 
 def overlay(

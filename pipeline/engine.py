@@ -1,7 +1,8 @@
 """What an inference engine is to the pipeline: requests in, finished completions out, one step at a time.
 
 The replica owns an engine from a single thread. Nothing here imports vLLM; `vllm_engine` implements this protocol for
-production and the scripted engine under `tests/` implements it for fault tests.
+production and the scripted engine under `tests/` implements it for fault tests. What travels by the million between
+processes (requests, timings) has no slots: to pickle a frozen class with slots runs Python code for every field.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class EngineInfo:
     versions: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
     """One row on its way to an engine."""
 
@@ -50,7 +51,7 @@ class Request:
     """Lower runs first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Timing:
     """Seconds, measured by the engine: waiting, arrival to first token, arrival to last token."""
 

@@ -68,7 +68,7 @@ def run_flow(
             size=1, max_concurrent_calls_per_actor=open_shards, max_tasks_in_flight_per_actor=open_shards + 2
         ),
     )
-    sink = PartSink(flow.store, plan_ref, fingerprint=flow.fingerprint, retried_statuses=retried_statuses)
+    sink = PartSink(flow.store, plan_ref, monitor, fingerprint=flow.fingerprint, retried_statuses=retried_statuses)
     dataset.write_datasink(sink)
 
 

@@ -7,6 +7,7 @@ the run.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from pipeline.dispatcher import Dispatcher, Outcome
 from pipeline.engine import MoeShape, Request
+from pipeline.errors import InfrastructureError
 from pipeline.monitor import Figures
 from pipeline.results import ResultBuilder
 from pipeline.rows import ERROR, FILE, PROMPT_IDS, ROW, SAMPLING, SHARD
@@ -46,6 +48,8 @@ class GenerateStage:
         self._settings = settings
         self._builder = ResultBuilder(settings.schema, settings.routing, settings.moe)
         self._figures = Figures()
+        self._name = uuid.uuid4().hex
+        self._stopped = False
         self._monitor = monitor
         self._poster: asyncio.Task[None] | None = None
         self._dispatcher = Dispatcher(
@@ -59,15 +63,25 @@ class GenerateStage:
         """Return the shard's output rows and counters; an empty table when draining dropped the shard."""
         if self._poster is None:
             self._poster = asyncio.get_running_loop().create_task(self._post())
+        if self._stopped:
+            raise InfrastructureError("the flow was told to stop; nothing of it was left to do")
+        self._figures.shards_open += 1
+        try:
+            return await self._generate(prompts)
+        finally:
+            self._figures.shards_open -= 1
+
+    async def _generate(self, prompts: pa.Table) -> pa.Table:
         requests = shard_requests(prompts, self._settings)
         outcomes = await self._dispatcher.generate(requests)
         if outcomes is None:
             return attach_counters(self._settings.schema.empty_table(), 0, b"")
+        self._figures.shards_done += 1
         unsent = sum(request is None for request in requests)
         self._figures.rows_done += unsent
         self._figures.rows_failed += unsent
         table, counters = self._builder.build(prompts, outcomes)
-        await self._monitor.post.remote(self._figures)  # so that after the last shard the figures are exact
+        await self._monitor.post.remote(self._name, self._figures)  # so that after the last shard the figures are exact
         return attach_counters(table, prompts.column(SHARD)[0].as_py(), counters.to_json_bytes())
 
     def _count(self, request: Request, outcome: Outcome) -> None:
@@ -81,7 +95,9 @@ class GenerateStage:
         while True:
             self._figures.rows_in_flight = self._dispatcher.num_in_flight
             self._figures.replicas_up = self._dispatcher.num_replicas
-            order = await self._monitor.post.remote(self._figures)
+            order = await self._monitor.post.remote(self._name, self._figures)
+            self._figures.draining = order != "run"
+            self._stopped = order == "stop"
             if order == "drain":
                 self._dispatcher.drain()
             elif order == "abandon":

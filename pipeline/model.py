@@ -94,7 +94,7 @@ def inspect_model(source: str, path: Path, revision: str | None) -> ModelFiles:
         raise SpecError(
             f"model.source {source!r}: {path} holds no config.json; give a directory of a Hugging Face model"
         )
-    config = json.loads(config_file.read_text())
+    config = read_config(config_file)
     if "auto_map" in config:
         raise SpecError(
             f"model.source {source!r} wants to run code of its own (auto_map in config.json), which is never done; "
@@ -114,19 +114,52 @@ def inspect_model(source: str, path: Path, revision: str | None) -> ModelFiles:
     )
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """Return a model's `config.json`.
+
+    Raises:
+        SpecError: it is no JSON object.
+    """
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise SpecError(f"{file} is not JSON ({error}); download the model again") from error
+    if not isinstance(config, dict):
+        raise SpecError(f"{file} holds no JSON object; download the model again")
+    return config
+
+
 def moe_shape(config: dict[str, Any]) -> MoeShape | None:
     """Read layers, experts and top-k out of a Hugging Face config; None for a dense model.
 
-    The field names are those of Mixtral, Qwen-MoE, DeepSeek, OLMoE, Phi-MoE, DBRX and gpt-oss configs. Layers that
-    the config declares dense (DeepSeek's first ones) are still counted: vLLM returns a row for each layer.
+    The field names are those of Mixtral, Qwen-MoE, DeepSeek, OLMoE, Phi-MoE, DBRX and gpt-oss configs.
     """
-    text = {**config, **config.get("text_config", {}), **config.get("ffn_config", {})}
+    text = _text_config(config)
     experts = _first(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     top_k = _first(text, "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk")
-    layers = _first(text, "num_hidden_layers", "n_layers")
+    layers = len(routing_layers(config))
     if not experts or experts < 2 or not top_k or not layers:
         return None
     return MoeShape(num_layers=layers, num_experts=experts, top_k=top_k)
+
+
+def routing_layers(config: dict[str, Any]) -> list[int]:
+    """Indices of the layers that have a router, were it a mixture of experts: all, but for those declared dense.
+
+    Qwen-MoE names dense layers and a step, DeepSeek and GLM a number of first ones, Llama 4 the layers that route. Our
+    layers are numbered among those that route: DeepSeek-V3's layer 3 is layer 0 in all statistics.
+    """
+    text = _text_config(config)
+    named = text.get("moe_layers") or range(_first(text, "num_hidden_layers", "n_layers") or 0)
+    dense = set(text.get("mlp_only_layers") or ())
+    first = _first(text, "first_k_dense_replace") or 0
+    step = _first(text, "decoder_sparse_step") or 1
+    return [layer for layer in named if layer >= first and layer not in dense and (layer + 1) % step == 0]
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's own settings, wherever they are nested."""
+    return {**config, **(config.get("text_config") or {}), **(config.get("ffn_config") or {})}
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:

@@ -39,7 +39,7 @@ class EngineConfig(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots here and in RowResult: they travel, see `engine`
 class ReducedSample:
     """One sample as it travels: text and statistics, no per-token arrays unless asked for."""
 
@@ -54,7 +54,7 @@ class ReducedSample:
     expert_ids: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RowResult:
     """What became of one request: samples, or the failure of this attempt."""
 

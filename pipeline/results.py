@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.counters import ALL, RunCounters, SampleFacts, slice_name
 from pipeline.dispatcher import Outcome
 from pipeline.engine import MoeShape, Timing
 from pipeline.replica import ReducedSample
+from pipeline.routing_columns import routing_column
 from pipeline.rows import ERROR, FILE, MAX_ERROR_CHARS, PROMPT_IDS, REPAIRS, ROW
 from pipeline.settings import RoutingSettings
 
@@ -126,19 +126,9 @@ class ResultBuilder:
         kind = self.schema.field("routing").type
         if pa.types.is_null(kind) or self.moe is None:
             return pa.nulls(len(samples), kind)
-        rows = [sample if sample is not None and sample.routing is not None else None for sample in samples]
-        missing = np.array([row is None for row in rows], dtype=bool)
-        width = self.moe.num_layers * self.moe.num_experts
-        routings = [row.routing if row else None for row in rows]
-        arrays = {
-            "prompt_expert_counts": _counts([r.prompt_counts if r else None for r in routings], width),
-            "completion_expert_counts": _counts([r.completion_counts if r else None for r in routings], width),
-            "repeat_first": pa.array([r.repeat_first if r else None for r in routings], pa.float32()),
-            "repeat_any": pa.array([r.repeat_any if r else None for r in routings], pa.float32()),
-            "expert_ids": pa.array([row.expert_ids if row else None for row in rows], pa.binary()),
-        }
-        fields = list(kind)
-        return pa.StructArray.from_arrays([arrays[f.name] for f in fields], fields=fields, mask=pa.array(missing))
+        routings = [sample.routing if sample is not None else None for sample in samples]
+        ids = [sample.expert_ids if sample is not None else None for sample in samples]
+        return routing_column(routings, ids, kind, self.moe)
 
 
 def sample_status(sample: ReducedSample) -> str:
@@ -186,15 +176,6 @@ def _prompt_lengths(prompts: pa.Table) -> list[int | None]:
 
     lengths: list[int | None] = pc.list_value_length(prompts.column(PROMPT_IDS)).to_pylist()
     return lengths
-
-
-def _counts(rows: list[Any], width: int) -> pa.Array:
-    flat = np.zeros((len(rows), width), dtype=np.uint32)
-    for position, row in enumerate(rows):
-        if row is not None:
-            flat[position] = row
-    mask = pa.array([row is None for row in rows], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width, mask=mask)
 
 
 def _as_type(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:

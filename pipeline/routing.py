@@ -16,29 +16,12 @@ from numpy.typing import NDArray
 
 from pipeline.engine import MoeShape
 from pipeline.errors import RoutingInvalid
+from pipeline.routing_layout import expert_pairs, layout, num_expert_pairs
 
 PHASES = ("prompt", "completion")
 
-# Mixtral 8x7B has 896 (layer, pair) cells, 8x22B 1,568, 26 layers of 64 experts 52,416. 48 layers of 128 experts have
-# 390,144: 3 MB per slice in memory and in every footer, which would make footers dearer to read than the rows.
-MAX_COSELECTION_CELLS = 65_536
 
-
-def num_expert_pairs(moe: MoeShape) -> int:
-    """Unordered pairs of experts recorded per layer; 0 when nothing is co-selected or the model has too many pairs."""
-    num_pairs = moe.num_experts * (moe.num_experts - 1) // 2
-    fits = moe.num_layers * num_pairs <= MAX_COSELECTION_CELLS
-    return num_pairs if moe.top_k > 1 and fits else 0
-
-
-@lru_cache(maxsize=8)
-def expert_pairs(num_experts: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The experts (a, b) with a < b, in the order that every co-selection array uses."""
-    first, second = np.triu_indices(num_experts, 1)
-    return first, second
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)  # no slots: to pickle those of a frozen class runs Python code for every field
 class RowRouting:
     """What one sample contributes to routing statistics. L layers, E experts, axis "phase" = (prompt, completion).
 
@@ -47,20 +30,54 @@ class RowRouting:
     - a pair of consecutive tokens belongs to the phase of its second token, so phases add up to the whole.
     """
 
-    num_tokens: tuple[int, int]
-    """Tokens with routing, per phase: P and G - 1."""
-    num_pairs: tuple[int, int]
-    """Pairs of consecutive tokens, per phase."""
-    prompt_counts: NDArray[np.uint32]
-    """[L*E], row-major: how often the prompt's tokens chose each expert."""
-    completion_counts: NDArray[np.uint32]
-    """[L*E], as above for the generated tokens but the last, which the engine never feeds back."""
-    same_first: NDArray[np.uint32]
-    """[phase, L]: pairs that keep their first choice."""
-    same_any: NDArray[np.uint32]
-    """[phase, L]: pairs that share at least one expert."""
-    coselection: NDArray[np.uint32]
-    """[L, pairs] in `expert_pairs` order: tokens that chose both; [L, 0] when the shape is not recorded."""
+    moe: MoeShape
+    counters: bytes
+    """uint32 in the order of `routing_layout`. Bytes, because millions of these travel and an array travels 20 times
+    slower than its bytes."""
+
+    @property
+    def vector(self) -> NDArray[np.uint32]:
+        """All counters, flat."""
+        return np.frombuffer(self.counters, np.uint32)
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Tokens with routing, per phase: P and G - 1."""
+        prompt, completion = self._view("num_tokens").tolist()
+        return prompt, completion
+
+    @property
+    def num_pairs(self) -> tuple[int, int]:
+        """Pairs of consecutive tokens, per phase."""
+        prompt, completion = self._view("num_pairs").tolist()
+        return prompt, completion
+
+    @property
+    def prompt_counts(self) -> NDArray[np.uint32]:
+        """[L*E], row-major: how often the prompt's tokens chose each expert."""
+        counts: NDArray[np.uint32] = self._view("selections")[0].reshape(-1)
+        return counts
+
+    @property
+    def completion_counts(self) -> NDArray[np.uint32]:
+        """[L*E], as above for the generated tokens but the last, which the engine never feeds back."""
+        counts: NDArray[np.uint32] = self._view("selections")[1].reshape(-1)
+        return counts
+
+    @property
+    def same_first(self) -> NDArray[np.uint32]:
+        """[phase, L]: pairs that keep their first choice."""
+        return self._view("same_first")
+
+    @property
+    def same_any(self) -> NDArray[np.uint32]:
+        """[phase, L]: pairs that share at least one expert."""
+        return self._view("same_any")
+
+    @property
+    def coselection(self) -> NDArray[np.uint32]:
+        """[L, pairs] in `expert_pairs` order: tokens that chose both; [L, 0] when the shape is not recorded."""
+        return self._view("coselection")
 
     @property
     def repeat_first(self) -> float | None:
@@ -74,6 +91,10 @@ class RowRouting:
     def repeat_any(self) -> float | None:
         """As `repeat_first`, for sharing at least one expert (table 5, "first or second choice")."""
         return self._share(self.same_any)
+
+    def _view(self, name: str) -> NDArray[np.uint32]:
+        at = layout(self.moe)
+        return self.vector[at.spans[name]].reshape(at.shapes[name])
 
     def _share(self, hits: NDArray[np.uint32]) -> float | None:
         num_pairs = sum(self.num_pairs)
@@ -135,17 +156,20 @@ def summarize_row(routed_experts: NDArray[Any], num_prompt: int, num_generated: 
     planes = check_row(routed_experts, num_prompt, num_generated, moe)
     num_tokens = planes.shape[1]
     split = min(num_prompt, num_tokens)
+    pairs = max(num_tokens - 1, 0)
     pair_split = max(split - 1, 0)
-    prompt_counts, completion_counts = _selections(np.asarray(routed_experts), split, moe)
-    return RowRouting(
-        num_tokens=(split, num_tokens - split),
-        num_pairs=(pair_split, max(num_tokens - 1, 0) - pair_split),
-        prompt_counts=prompt_counts,
-        completion_counts=completion_counts,
-        same_first=_hits_by_phase(planes[0, 1:] == planes[0, :-1], pair_split),
-        same_any=_hits_by_phase(_shares_expert(planes), pair_split),
-        coselection=_coselection(planes, moe),
+    vector = np.concatenate(
+        [
+            np.array([1, split, num_tokens - split, pair_split, pairs - pair_split]),
+            *_selections(np.asarray(routed_experts), split, moe),
+            *_hits_by_phase(planes[0, 1:] == planes[0, :-1], pair_split),
+            *_hits_by_phase(_shares_expert(planes), pair_split),
+            _coselection(planes, moe),
+        ],
+        dtype=np.uint32,
+        casting="unsafe",
     )
+    return RowRouting(moe, vector.tobytes())
 
 
 @lru_cache(maxsize=8)
@@ -153,7 +177,7 @@ def _layer_offsets(num_layers: int, step: int, repeats: int) -> NDArray[np.intp]
     return np.repeat(np.arange(num_layers, dtype=np.intp) * step, repeats)
 
 
-def _selections(ids: NDArray[Any], split: int, moe: MoeShape) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+def _selections(ids: NDArray[Any], split: int, moe: MoeShape) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Counts [L*E] before and from token `split` on."""
     bins = moe.num_layers * moe.num_experts
     codes = ids.reshape(ids.shape[0], moe.num_layers * moe.top_k) + _layer_offsets(
@@ -161,7 +185,7 @@ def _selections(ids: NDArray[Any], split: int, moe: MoeShape) -> tuple[NDArray[n
     )
     prompt = np.bincount(codes[:split].ravel(), minlength=bins)
     completion = np.bincount(codes[split:].ravel(), minlength=bins)
-    return prompt.astype(np.uint32), completion.astype(np.uint32)
+    return prompt, completion
 
 
 def _shares_expert(planes: NDArray[Any]) -> NDArray[np.bool_]:
@@ -173,16 +197,16 @@ def _shares_expert(planes: NDArray[Any]) -> NDArray[np.bool_]:
     return shared
 
 
-def _hits_by_phase(hits: NDArray[np.bool_], split: int) -> NDArray[np.uint32]:
-    """[pairs, L] -> [phase, L]."""
-    return np.stack([hits[:split].sum(axis=0, dtype=np.uint32), hits[split:].sum(axis=0, dtype=np.uint32)])
+def _hits_by_phase(hits: NDArray[np.bool_], split: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """[pairs, L] -> [L] before and from pair `split` on."""
+    return hits[:split].sum(axis=0), hits[split:].sum(axis=0)
 
 
-def _coselection(planes: NDArray[Any], moe: MoeShape) -> NDArray[np.uint32]:
-    """[L, pairs] counts of tokens that chose both experts of a pair."""
+def _coselection(planes: NDArray[Any], moe: MoeShape) -> NDArray[np.intp]:
+    """[L*pairs] counts of tokens that chose both experts of a pair."""
     num_experts, num_layers = moe.num_experts, moe.num_layers
     if not num_expert_pairs(moe):
-        return np.zeros((num_layers, 0), dtype=np.uint32)
+        return np.zeros(0, dtype=np.intp)
     offsets = _layer_offsets(num_layers, num_experts * num_experts, 1)
     ordered = np.zeros(num_layers * num_experts * num_experts, dtype=np.intp)
     for i, j in combinations(range(moe.top_k), 2):
@@ -190,4 +214,4 @@ def _coselection(planes: NDArray[Any], moe: MoeShape) -> NDArray[np.uint32]:
         ordered += np.bincount(codes.ravel(), minlength=ordered.size)
     matrix = ordered.reshape(num_layers, num_experts, num_experts)
     first, second = expert_pairs(num_experts)
-    return (matrix[:, first, second] + matrix[:, second, first]).astype(np.uint32)
+    return (matrix[:, first, second] + matrix[:, second, first]).reshape(-1)

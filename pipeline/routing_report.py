@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from pipeline.counters import ALL, RunCounters
 from pipeline.errors import SpecError
-from pipeline.routing import PHASES, expert_pairs, num_expert_pairs
+from pipeline.routing import PHASES
+from pipeline.routing_layout import expert_pairs, num_expert_pairs
 from pipeline.routing_measures import (
     Floats,
     chance_distance,
@@ -138,8 +139,8 @@ def _layers(name: str, totals: RoutingTotals) -> Iterator[pa.Table]:
 def coselection_table(counters: RunCounters) -> pa.Table:
     """(slice, layer, expert_a < expert_b, count, lift): tokens that chose both, and `coselection_lift`.
 
-    Empty when the model picks one expert per token or has too many pairs (`routing.MAX_COSELECTION_CELLS`). When slices
-    times pairs would pass 4 million rows, slices are summed to `(all)`.
+    Empty when the model picks one expert per token or has too many pairs (`routing_layout.MAX_COSELECTION_CELLS`). When
+    slices times pairs would pass 4 million rows, slices are summed to `(all)`.
     """
     slices = counters.slices()
     if not slices or counters.moe is None or not num_expert_pairs(counters.moe):

@@ -10,44 +10,15 @@ import base64
 import binascii
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engine import MoeShape
-from pipeline.routing import RowRouting, expert_pairs, num_expert_pairs
+from pipeline.routing import RowRouting
+from pipeline.routing_layout import expert_pairs, layout
 
 Vector = NDArray[np.uint64]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where each counter lies in the vector, and the shape it is seen in."""
-
-    shapes: dict[str, tuple[int, ...]]
-    spans: dict[str, slice]
-    size: int
-
-
-@lru_cache(maxsize=8)
-def layout(moe: MoeShape) -> Layout:
-    """The vector's layout for one model; the order is part of the footer format."""
-    layers = moe.num_layers
-    shapes: dict[str, tuple[int, ...]] = {
-        "num_samples": (1,),
-        "num_tokens": (2,),
-        "num_pairs": (2,),
-        "selections": (2, layers, moe.num_experts),
-        "same_first": (2, layers),
-        "same_any": (2, layers),
-        "coselection": (layers, num_expert_pairs(moe)),
-    }
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()]).tolist()
-    starts = [0, *ends[:-1]]
-    spans = {name: slice(start, end) for name, start, end in zip(shapes, starts, ends, strict=True)}
-    return Layout(shapes, spans, ends[-1])
 
 
 class RoutingTotals:
@@ -127,17 +98,9 @@ class RoutingTotals:
 
     def add_row(self, row: RowRouting) -> None:
         """Add one sample, in place."""
-        counters = (
-            [1],
-            row.num_tokens,
-            row.num_pairs,
-            row.prompt_counts,
-            row.completion_counts,
-            row.same_first.ravel(),
-            row.same_any.ravel(),
-            row.coselection.ravel(),
-        )
-        self._add(np.concatenate([np.asarray(counter, dtype=np.uint64) for counter in counters]))
+        if self.moe != row.moe:
+            raise ValueError(f"routing of {row.moe} can't be added to routing of {self.moe}; one run has one model")
+        self._add(row.vector.astype(np.uint64))
 
     def add(self, other: RoutingTotals) -> None:
         """Add other totals, in place.

@@ -7,13 +7,18 @@ from 0.22 to 0.33. What differs between versions is probed for, never compared b
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Request, Sample, Timing
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, SpecError
+from pipeline.model import read_config, routing_layers
 from pipeline.settings import SamplingSettings
 
 
@@ -60,7 +65,11 @@ class VllmEngineConfig:
         return env
 
     def build(self) -> VllmEngine:
-        """Load the model; takes 8 s for a tiny one on CPU, minutes for Mixtral 8x7B."""
+        """Load the model; takes 8 s for a tiny one on CPU, minutes for Mixtral 8x7B.
+
+        Raises:
+            SpecError: an engine argument that this vLLM doesn't know, or a value that it refuses.
+        """
         return VllmEngine(self)
 
 
@@ -72,8 +81,14 @@ class VllmEngine:
         _stay_in_this_cluster()
         from vllm import LLMEngine
 
-        self._engine = LLMEngine.from_engine_args(_engine_args(config))
-        self._prompt_lengths: dict[str, int] = {}
+        args = _engine_args(config)
+        try:
+            self._engine = LLMEngine.from_engine_args(args)
+        except ValidationError as error:  # a value that vLLM's own settings refuse stays refused
+            reasons = "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
+            raise SpecError(f"vLLM refuses these settings: {reasons[:800]}; correct the spec") from error
+        # vLLM fills in zeros for layers without a router, which no guard could tell from a broken capture.
+        self._layers = routing_layers(read_config(Path(config.model_path) / "config.json"))
         vllm_config = self._engine.vllm_config
         self.info = EngineInfo(
             max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
@@ -100,7 +115,7 @@ class VllmEngine:
         """Advance all running requests by one step; see `Engine.step`."""
         if not self._engine.has_unfinished_requests():
             return []
-        return [_convert(output) for output in self._engine.step() if output.finished]
+        return [_convert(output, self._layers) for output in self._engine.step() if output.finished]
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forget these requests."""
@@ -142,8 +157,18 @@ def _engine_args(config: VllmEngineConfig) -> Any:
     if config.tensor_parallel > 1:
         # Inside a placement group vLLM would pick `ray`, which CPU doesn't support and which may join another cluster.
         args.setdefault("distributed_executor_backend", "mp")
-    known = set(getattr(EngineArgs, "__dataclass_fields__", args))
-    return EngineArgs(**{name: value for name, value in args.items() if name in known or name in config.engine_args})
+    known = {field.name for field in fields(EngineArgs)}
+    _check_names(config.engine_args, known)
+    return EngineArgs(**{name: value for name, value in args.items() if name in known})
+
+
+def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse misspelt names here, with the likely one: every replica would fail to start, one after the other."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            cure = f"did you mean `{close[0]}`?" if close else "leave it out, or correct it"
+            raise SpecError(f"engine_args: `{name}` is not an engine argument of the installed vLLM; {cure}")
 
 
 def _stay_in_this_cluster() -> None:
@@ -178,15 +203,18 @@ def _sampling_params(sampling: SamplingSettings, seed: int | None) -> Any:
     )
 
 
-def _convert(output: Any) -> Completion | Failure:
+def _convert(output: Any, layers: Sequence[int]) -> Completion | Failure:
     bad = next((o for o in output.outputs if o.finish_reason not in ("stop", "length")), None)
     if bad is not None:
         return Failure(output.request_id, "request_error", f"the engine ended the request with {bad.finish_reason!r}")
-    samples = tuple(_sample(o) for o in sorted(output.outputs, key=lambda o: o.index))
+    samples = tuple(_sample(o, layers) for o in sorted(output.outputs, key=lambda o: o.index))
     return Completion(output.request_id, samples, output.num_cached_tokens or 0, _timing(output.metrics))
 
 
-def _sample(output: Any) -> Sample:
+def _sample(output: Any, layers: Sequence[int]) -> Sample:
+    routed = getattr(output, "routed_experts", None)
+    if routed is not None and routed.ndim == 3 and len(layers) < routed.shape[1]:
+        routed = routed[:, layers]
     return Sample(
         index=output.index,
         text=output.text,
@@ -194,7 +222,7 @@ def _sample(output: Any) -> Sample:
         finish_reason=output.finish_reason,
         stop_reason=None if output.stop_reason is None else str(output.stop_reason),
         cumulative_logprob=output.cumulative_logprob,
-        routed_experts=getattr(output, "routed_experts", None),
+        routed_experts=routed,
     )
 
 

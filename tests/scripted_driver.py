@@ -7,6 +7,7 @@ Everything is `tramontane`'s own (parsing, signals, messages, exit codes) but th
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from typing import Any
 
@@ -25,6 +26,8 @@ def scripted_pools(fields: dict[str, Any]) -> list[PoolPlan]:
 
 
 if __name__ == "__main__":
+    # A test runner started in the background ignores SIGINT, and children inherit that; a user's shell doesn't.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(sys.argv.pop(1)) as file:
         pools = scripted_pools(json.load(file))
     jobs.run.pool_plans = lambda *_, **__: pools

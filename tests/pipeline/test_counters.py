@@ -35,7 +35,8 @@ from pipeline.engine import MoeShape
 from pipeline.errors import InfrastructureError
 from pipeline.recount import check_part, kept_counters, recount, recountable
 from pipeline.routing import RowRouting, summarize_row
-from pipeline.routing_totals import RoutingTotals, layout, pack, unpack
+from pipeline.routing_layout import layout
+from pipeline.routing_totals import RoutingTotals, pack, unpack
 from pipeline.rows import ERROR_TYPE, output_schema, routing_type
 
 MOE = MoeShape(num_layers=2, num_experts=4, top_k=2)
@@ -233,7 +234,7 @@ def test_counters_of_two_models_do_not_merge() -> None:
         RunCounters().add_row(
             [SampleFacts("ok", routing=random_routing(0, 2, 2))], num_input_tokens=1, num_cached_tokens=0
         )
-    with pytest.raises(ValueError, match="don't fit"):
+    with pytest.raises(ValueError, match="one run has one model"):
         RoutingTotals(MoeShape(2, 8, 2)).add_row(random_routing(0, 2, 2))
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.engine import MoeShape
 from pipeline.errors import RoutingInvalid
-from pipeline.routing import MAX_COSELECTION_CELLS, expert_pairs, num_expert_pairs, summarize_row
+from pipeline.routing import summarize_row
+from pipeline.routing_layout import MAX_COSELECTION_CELLS, expert_pairs, num_expert_pairs
 
 MIXTRAL = MoeShape(num_layers=32, num_experts=8, top_k=2)
 

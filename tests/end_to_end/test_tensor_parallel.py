@@ -1,0 +1,73 @@
+"""Tensor parallelism through the whole path: two worker processes per replica give what one gives."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs.run import RunOptions, run_job
+from tests.whole_runs import check_whole, make_job, read_output, write_prompts
+
+
+@contextlib.contextmanager
+def watched_processes(title: str) -> Iterator[set[psutil.Process]]:
+    """Collect the processes below this one whose command line contains the title, while the block runs."""
+    found: set[psutil.Process] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if title in " ".join(child.cmdline()):
+                        found.add(child)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif((psutil.cpu_count() or 1) < 2, reason="each of two workers is bound to a core of its own")
+def test_two_way_tensor_parallel_runs_whole_and_leaves_no_process_behind(
+    local_ray: None, vllm_fleet: Any, tmp_path: Path
+) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 64)
+    sections = {"sampling": {"temperature": 0, "max_tokens": 8}}
+    pool = {"gpu": "cpu", "replicas": 1, "tensor_parallel": 2}
+    job = make_job(rows, tmp_path / "two", fleet={"pools": [pool]}, **sections)
+    with watched_processes("VLLM::Worker_TP") as workers:
+        summary = run_job(job, RunOptions(quiet=True), say=lambda line: None)
+    assert summary["exit_code"] == 0
+    assert summary["this_execution"]["replica_losses"] == []
+    check_whole(tmp_path / "two", 64)
+    assert len(workers) == 2
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert alive == []
+
+    one = make_job(rows, tmp_path / "one", **sections)
+    run_job(one, RunOptions(quiet=True), say=lambda line: None, fleet=vllm_fleet)
+    same = agreement(tmp_path / "one", tmp_path / "two")
+    # All-reduce adds in another order: in float32 a near-tie may fall the other way, and the rest of its text with it.
+    assert same >= 0.95
+
+
+def agreement(one: Path, two: Path) -> float:
+    """Share of rows with the same text and the same experts."""
+    rows = [read_output(output).select(["generated_text", "routing"]).to_pylist() for output in (one, two)]
+    fields = ("prompt_expert_counts", "completion_expert_counts")
+    same = [
+        a["generated_text"] == b["generated_text"] and all(a["routing"][name] == b["routing"][name] for name in fields)
+        for a, b in zip(*rows, strict=True)
+    ]
+    return sum(same) / len(same)
