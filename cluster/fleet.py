@@ -53,7 +53,7 @@ class Fleet:
         self._starting: dict[str, Any] = {}
         self._num_named = 0
         self._version = 0
-        self._verdict: str | None = None
+        self._last_refusal: str | None = None
         self._verdict_exit_code = 3
         self._failed_starts: dict[str, int] = {pool.name: 0 for pool in pools}
         self._losses: deque[dict[str, str]] = deque(maxlen=100)
@@ -72,7 +72,12 @@ class Fleet:
         if version == self._version:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), wait_s)
-        return Membership(self._version, dict(self._members), self._verdict)
+        return Membership(self._version, dict(self._members), self.verdict)
+
+    @property
+    def verdict(self) -> str | None:
+        """Why no replica is alive and none will be; None while one is alive or starting."""
+        return self._last_refusal if not self._members and not self._starting else None
 
     async def report(self, replica: str, kind: str, message: str) -> None:
         """Take note of a replica that dispatch found dead or hung: kill what is left of it and start another."""
@@ -82,9 +87,9 @@ class Fleet:
         self._num_losses += 1
         self._losses.append({"replica": replica, "kind": kind, "message": message})
         _kill(member.handle)
-        self._announce()
         pool_name = replica.rsplit("-", 1)[0]
         self._launch(next(pool for pool in self._pools if pool.name == pool_name))
+        self._announce()
 
     async def status(self) -> dict[str, Any]:
         """Plain data for progress and reports."""
@@ -93,7 +98,7 @@ class Fleet:
             "replicas_wanted": sum(pool.num_replicas for pool in self._pools),
             "num_losses": self._num_losses,
             "losses": list(self._losses),
-            "verdict": self._verdict,
+            "verdict": self.verdict,
             "verdict_exit_code": self._verdict_exit_code,
             "versions": next((m.info.versions for m in self._members.values()), {}),
         }
@@ -108,35 +113,36 @@ class Fleet:
         self._announce()
 
     def _launch(self, pool: PoolPlan) -> None:
-        task = asyncio.get_running_loop().create_task(self._start_replica(pool))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _start_replica(self, pool: PoolPlan) -> None:
         name = f"{pool.name}-{self._num_named}"
         self._num_named += 1
         actor = replica_actor(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, env=pool.env)
-        handle = actor.remote(pool.engine, **self._replica_options)
-        self._starting[name] = handle
+        self._starting[name] = actor.remote(pool.engine, **self._replica_options)
+        task = asyncio.get_running_loop().create_task(self._await_ready(pool, name))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _await_ready(self, pool: PoolPlan, name: str) -> None:
+        handle = self._starting[name]
         try:
             info = await asyncio.wait_for(_result(handle.info.remote()), START_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001  a start can fail in any way a model can; the verdict carries the words
-            self._start_failed(pool, name, handle, error)
+            self._start_failed(pool, name, error)
             return
         del self._starting[name]
         self._failed_starts[pool.name] = 0
         self._members[name] = Member(name, handle, info)
         self._announce()
 
-    def _start_failed(self, pool: PoolPlan, name: str, handle: Any, error: Exception) -> None:
-        del self._starting[name]
-        _kill(handle)
+    def _start_failed(self, pool: PoolPlan, name: str, error: Exception) -> None:
+        _kill(self._starting.pop(name))
         cause = getattr(error, "cause", None) or error  # Ray wraps what the actor raised
         logger.error("replica %s did not start: %s", name, cause)
         self._failed_starts[pool.name] += 1
         final = isinstance(cause, RunError)  # settings that are wrong stay wrong
         if final or self._failed_starts[pool.name] >= MAX_FAILED_STARTS:
-            self._verdict = f"replicas of pool {pool.name} don't start: {type(cause).__name__}: {str(cause)[:1000]}"
+            self._last_refusal = (
+                f"replicas of pool {pool.name} don't start: {type(cause).__name__}: {str(cause)[:1000]}"
+            )
             self._verdict_exit_code = cause.exit_code if isinstance(cause, RunError) else 3
             self._announce()
         else:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from jobs.estimate import even_sample
+from jobs.interrupts import Interrupts
 from jobs.prepare import PreparedJob
 from jobs.run import Engines, execute_work
 from jobs.summary import Execution
@@ -32,6 +33,7 @@ def run_preview(job: PreparedJob, *, num_rows: int, say: Callable[[str], None]) 
 
     Raises:
         SpecError: the input has no rows.
+        KeyboardInterrupt: it was interrupted; there may be nothing to show.
     """
     if job.plan.num_rows == 0:
         raise SpecError(f"input.path {job.spec.input.path!r} has no rows; there is nothing to preview")
@@ -40,9 +42,20 @@ def run_preview(job: PreparedJob, *, num_rows: int, say: Callable[[str], None]) 
     execution = Execution(run_id="preview")
     say(f"preview of {work.num_single_rows} rows of {job.plan.num_rows:,}")
     with tempfile.TemporaryDirectory(prefix="tramontane-preview-") as folder:
-        _, exit_code = execute_work(
-            job.tolerating_failures(), work, Store(folder), execution, RowTotals(), Engines(), quiet=True
-        )
+        interrupts = Interrupts()
+        with interrupts.heard():
+            status, exit_code = execute_work(
+                job.tolerating_failures(),
+                work,
+                Store(folder),
+                execution,
+                RowTotals(),
+                Engines(),
+                interrupts,
+                quiet=True,
+            )
+        if status == "interrupted":
+            raise KeyboardInterrupt
         table = pq.read_table(f"{folder}/data")
     samples: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for sample in table.sort_by("sample_index").to_pylist():

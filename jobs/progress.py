@@ -6,6 +6,7 @@ Knows nothing of Ray. `tramontane status` shows the same from the file alone.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -15,6 +16,8 @@ from typing import Any, Self
 
 from pipeline.monitor import Figures
 from pipeline.storage import Store
+
+logger = logging.getLogger(__name__)
 
 PROGRESS = "_run/progress.json"
 LINE_INTERVAL_S = 30.0
@@ -145,7 +148,10 @@ class ProgressDisplay:
             print(progress.line(), file=sys.stderr, flush=True)  # noqa: T201  the program's own output
         if self._store is not None and (final or now >= self._next_file):
             self._next_file = now + (FILE_INTERVAL_S if self._store.is_local else REMOTE_FILE_INTERVAL_S)
-            self._store.put(PROGRESS, json.dumps(asdict(progress), indent=1).encode())
+            try:
+                self._store.put(PROGRESS, json.dumps(asdict(progress), indent=1).encode())
+            except OSError as error:  # a full disk stops the run where a part can't be committed, not here
+                logger.warning("progress could not be written: %s", error)
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -33,20 +34,40 @@ def local_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with _without_log_banner():
-        ray.init(
-            address="local",
-            num_cpus=max(LOGICAL_CPUS, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
+    with _without_log_banner(), _daemons_in_their_own_group():
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(LOGICAL_CPUS, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+        except SystemExit:  # what the SIGTERM handler that Ray puts in place makes of an interrupt
+            raise KeyboardInterrupt from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _daemons_in_their_own_group() -> Iterator[None]:
+    """Keep a SIGTERM to our whole process group, as `timeout` sends it, from Ray: a run must still finish its shards.
+
+    Ray only keeps Ctrl-C from its daemons; and when the raylet is gone the driver exits on the spot, code 1.
+    They end with us all the same (PR_SET_PDEATHSIG). Ray has no option for this.
+    """
+    from ray._private import services
+
+    original = services.ConsolePopen
+    services.ConsolePopen = functools.partial(original, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original
 
 
 @contextmanager

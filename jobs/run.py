@@ -19,11 +19,12 @@ from typing import Any
 
 from cluster.fleet import PoolPlan, start_fleet, stop_fleet
 from cluster.pools import pool_plans
+from jobs.interrupts import Interrupts
 from jobs.prepare import PreparedJob
 from jobs.progress import ProgressDisplay
 from jobs.ray_session import local_ray
 from jobs.summary import Execution, build_summary, read_summary, write_summary
-from jobs.supervise import Supervisor, sigterm_as_sigint
+from jobs.supervise import Supervisor
 from jobs.work import RunOptions, Work, find_work
 from pipeline.counters import RowTotals, RunCounters
 from pipeline.dispatcher import WINDOW_FACTOR
@@ -75,10 +76,11 @@ def run_job(
     """
     store = Store(job.spec.output.path)
     execution = Execution(run_id=uuid.uuid4().hex[:8])
-    sigterm_as_sigint()
-    TemplateStage(job.template).close()  # finds broken templates and tokenizers before anything is written
-    with acquire_lease(store, run_id=execution.run_id) as lease:
-        return _execute(job, options, store, lease, execution, say, Engines(fleet, pools))
+    interrupts = Interrupts()
+    with interrupts.heard():
+        TemplateStage(job.template).close()  # finds broken templates and tokenizers before anything is written
+        with acquire_lease(store, run_id=execution.run_id) as lease:
+            return _execute(job, options, store, lease, execution, say, Engines(fleet, pools), interrupts)
 
 
 def _execute(
@@ -89,6 +91,7 @@ def _execute(
     execution: Execution,
     say: Callable[[str], None],
     engines: Engines,
+    interrupts: Interrupts,
 ) -> dict[str, Any]:
     began = time.monotonic()
     ledger = Ledger(store, lease=lease)
@@ -108,7 +111,7 @@ def _execute(
         )
         try:
             status, exit_code = execute_work(
-                job, work, store, execution, before.totals, engines, lease=lease, quiet=options.quiet
+                job, work, store, execution, before.totals, engines, interrupts, lease=lease, quiet=options.quiet
             )
         except RunError as error:
             _record_failure(ledger, execution, error)
@@ -154,6 +157,7 @@ def execute_work(
     execution: Execution,
     before: RowTotals,
     engines: Engines,
+    interrupts: Interrupts,
     *,
     lease: Lease | None = None,
     quiet: bool = False,
@@ -172,7 +176,7 @@ def execute_work(
     window = WINDOW_FACTOR * sum(pool.num_replicas * pool.max_num_seqs for pool in pools)
     flow = make_flow(job, store, job_seed(store, spec.sampling.seed), window=window)
     with local_ray(), ProgressDisplay(store, quiet=quiet) as display:
-        sigterm_as_sigint()  # again: `ray.init` has put a handler of its own in place
+        interrupts.install()
         monitor = start_monitor()
         fleet = engines.fleet or start_fleet(
             pools,
@@ -181,7 +185,15 @@ def execute_work(
         )
         rows_to_do = work.num_rows(job)
         supervisor = Supervisor(
-            job, execution, fleet, monitor, display, rows_before=before, rows_to_do=rows_to_do, lease=lease
+            job,
+            execution,
+            fleet,
+            monitor,
+            display,
+            rows_before=before,
+            rows_to_do=rows_to_do,
+            interrupts=interrupts,
+            lease=lease,
         )
 
         def flows() -> None:

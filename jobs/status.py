@@ -39,7 +39,12 @@ def read_status(output: str) -> dict[str, Any]:
         "committed_rows": plan.num_rows - sum(plan.shard(index).num_rows for index in todo),
         "owner": None
         if owner is None
-        else {"host": owner.process.host, "pid": owner.process.pid, "run_id": owner.run_id},
+        else {
+            "host": owner.process.host,
+            "pid": owner.process.pid,
+            "run_id": owner.run_id,
+            "known_to_be_gone": owner.process.is_gone(),
+        },
         "progress": _read_progress(store),
         "summary": read_summary(store),
         "last_events": ledger.events()[-5:],
@@ -52,14 +57,7 @@ def status_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"{report['output']}: {report['committed_rows']:,} of {report['rows']:,} rows committed, {shards}"]
     progress, summary = report["progress"], report["summary"]
     if progress is not None and progress["state"] != "ended":
-        age = time.time() - progress["updated_at"]
-        owner = report["owner"] or {}
-        lines.append(Progress(**progress).line())
-        where = f"run {progress['run_id']} on {owner.get('host')}, pid {owner.get('pid')}"
-        if age > STALE_S:
-            lines.append(f"{where} has been silent for {duration(age)}; if it is dead, rerun the same command")
-        else:
-            lines.append(f"{where}, updated {duration(age)} ago")
+        lines += [Progress(**progress).line(), _sign_of_life(progress, report["owner"])]
     if summary is not None:
         counts = summary["counts"]
         lines.append(
@@ -67,6 +65,20 @@ def status_lines(report: dict[str, Any]) -> list[str]:
             f"{counts['truncated']:,} truncated, {counts['invalid']:,} invalid, {counts['failed']:,} failed"
         )
     return lines
+
+
+def _sign_of_life(progress: dict[str, Any], owner: dict[str, Any] | None) -> str:
+    """Whether the execution that wrote this, and didn't write that it ended, still runs."""
+    age = duration(time.time() - progress["updated_at"])
+    run_id = progress["run_id"]
+    if owner is None or owner["run_id"] != run_id:
+        return f"run {run_id} ended without a word {age} ago; the output has changed hands since"
+    where = f"run {run_id} on {owner['host']}, pid {owner['pid']}"
+    if owner["known_to_be_gone"]:
+        return f"{where} ended without a word (killed?) {age} ago; rerun the same command"
+    if time.time() - progress["updated_at"] > STALE_S:
+        return f"{where} has been silent for {age}; if it is dead, rerun the same command"
+    return f"{where}, updated {age} ago"
 
 
 def _output_of(text: str) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+from jobs.interrupts import Interrupts
 from jobs.prepare import PreparedJob
 from jobs.progress import ProgressDisplay, ProgressTracker
 from jobs.summary import Execution
@@ -42,6 +42,7 @@ class Supervisor:
         *,
         rows_before: RowTotals,
         rows_to_do: int,
+        interrupts: Interrupts,
         lease: Lease | None = None,
     ) -> None:
         self._job = job
@@ -59,7 +60,7 @@ class Supervisor:
             replicas_wanted=job.num_replicas,
         )
         self._retrying = rows_to_do + rows_before.num_rows > job.plan.num_rows
-        self._interrupts = 0
+        self._interrupts = interrupts
         self._reason: tuple[str, int] | None = None
         self._drain_deadline: float | None = None
         self._stopped_at: float | None = None
@@ -82,7 +83,7 @@ class Supervisor:
         """
         began = time.monotonic()
         thread = threading.Thread(target=self._guard, args=(flows,), name="flow", daemon=True)
-        with self._signals():
+        with self._interrupts.watched():
             thread.start()
             while thread.is_alive() and not self._given_up():
                 thread.join(LOOK_INTERVAL_S)
@@ -106,30 +107,10 @@ class Supervisor:
         except BaseException as error:  # noqa: BLE001  the thread's boundary: raised again by `run`
             self._error = error
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Hear SIGINT and SIGTERM; installed here because `ray.init` replaces handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            signal.signal(number, self._interrupt)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _interrupt(self, *_: object) -> None:
-        self._interrupts += 1
-        if self._reason is None:
-            self._reason = ("interrupted", 130)
-
     def _given_up(self) -> bool:
         now = time.monotonic()
         ends = [ordered for ordered in (self._abandoned_at, self._stopped_at) if ordered is not None]
-        return any(now - ordered > GRACE_S for ordered in ends) or self._interrupts > 2
+        return any(now - ordered > GRACE_S for ordered in ends) or self._interrupts.count > 2
 
     def _look(self, thread: threading.Thread) -> None:
         import ray
@@ -138,6 +119,8 @@ class Supervisor:
             self._figures = ray.get(self._monitor.read.remote(), timeout=5)
         if self._first_row_at is None and self._figures.replicas_up:
             self._first_row_at = time.monotonic()
+        if self._reason is None and self._interrupts.count:
+            self._reason = ("interrupted", 130)
         failed = self._figures.rows_failed + (0 if self._retrying else self._failed_before)
         if self._reason is None and self._job.too_many_failed(failed):
             self._reason = ("too_many_failures", 1)
@@ -165,7 +148,7 @@ class Supervisor:
         if self._drain_deadline is None:
             self._drain_deadline = now + self._job.spec.limits.drain_timeout_s
             self._monitor.give_order.remote("drain")
-        too_late = self._interrupts > 1 or self._lease_lost is not None or now > self._drain_deadline
+        too_late = self._interrupts.count > 1 or self._lease_lost is not None or now > self._drain_deadline
         if self._abandoned_at is None and too_late:
             self._abandoned_at = now
             self._monitor.give_order.remote("abandon")
@@ -208,9 +191,3 @@ class Supervisor:
         return InfrastructureError(
             f"{type(error).__name__}: {first_line[:500]}; what is committed is safe: rerun the same command"
         )
-
-
-def sigterm_as_sigint() -> None:
-    """Let SIGTERM raise KeyboardInterrupt as SIGINT does: a stop is no crash. `Supervisor.run` has its own handlers."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -111,14 +111,14 @@ class DispatchBoard(Generic[RowKey]):
         row = self._take(replica, key)
         return None if row is None else row.attempts + 1
 
-    def request_failed(self, replica: str, key: RowKey, kind: str) -> GaveUp[RowKey] | None:
-        """One request failed in an engine that lives on: try the row elsewhere, or give up."""
+    def request_failed(self, replica: str, key: RowKey, kind: str, *, final: bool = False) -> GaveUp[RowKey] | None:
+        """One request failed in an engine that lives on: try the row elsewhere, or give up (at once if `final`)."""
         row = self._take(replica, key)
         if row is None:
             return None
         row.attempts += 1
         row.avoid = replica
-        if row.attempts >= self._max_attempts:
+        if row.attempts >= self._max_attempts or final:
             return GaveUp(key, kind, row.attempts)
         self._again.append(row)
         return None

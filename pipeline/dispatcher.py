@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from pipeline.dispatch import Assignment, DispatchBoard
 from pipeline.engine import Failure, Request
-from pipeline.errors import AttemptError, InfrastructureError, ReplicaDied, ReplicaHung
+from pipeline.errors import AttemptError, InfrastructureError, ReplicaDied, ReplicaHung, RequestRefused
 from pipeline.membership import Member, Membership
 from pipeline.replica import Poll, RowResult
 
@@ -27,6 +28,7 @@ WATCH_WAIT_S = 5.0
 MAX_FRUITLESS_LOSSES = 10
 """Replicas lost in a row without a single row finished in between: then it isn't the rows, and restarts would go on for
 as many rows as there are."""
+SAME_MOMENT_S = 0.5
 WINDOW_FACTOR = 2
 """Rows with or on the way to a replica, per sequence its engine can run at once: it never waits for us."""
 
@@ -74,6 +76,9 @@ class Dispatcher:
         self._num_sent = 0
         self._failure: InfrastructureError | None = None
         self._fruitless_losses = 0
+        self._last_fruitless_loss = -math.inf
+        self._max_attempts = max_attempts
+        self._lost: set[str] = set()
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = False
@@ -95,6 +100,8 @@ class Dispatcher:
             InfrastructureError: the fleet has given up.
         """
         self._start()
+        if self._failure is not None:
+            raise InfrastructureError(self._failure.message)
         positions = [position for position, request in enumerate(requests) if request is not None]
         if self._draining:
             return None
@@ -122,8 +129,13 @@ class Dispatcher:
     def abandon(self) -> None:
         """Drop every shard that isn't finished."""
         self._draining = True
-        for token in list(self._shards):
+        for token in [token for token, shard in self._shards.items() if shard.missing]:
             self._drop(token)
+        for replica, member in self._members.items():
+            member.handle.cancel.remote(self._consumer)
+            for request_id in self._sent_to[replica]:
+                self._sent.pop(request_id, None)
+            self._sent_to[replica].clear()
 
     def _drop(self, token: int) -> None:
         shard = self._shards[token]
@@ -162,7 +174,8 @@ class Dispatcher:
                 return
             version = membership.version
             for member in membership.members.values():
-                if member.replica not in self._members:
+                # A list made before the fleet heard of a loss still names the lost one.
+                if member.replica not in self._members and member.replica not in self._lost:
                     self._join(member)
             for replica in [name for name in self._members if name not in membership.members]:
                 self._lose(replica, "engine_crash", rows_to_blame=False)
@@ -180,10 +193,11 @@ class Dispatcher:
     def _lose(self, replica: str, kind: str, *, rows_to_blame: bool = True) -> None:
         if self._members.pop(replica, None) is None:
             return
+        self._lost.add(replica)
         for request_id in self._sent_to.pop(replica):
             self._sent.pop(request_id, None)
         for lost in self._board.replica_down(replica, kind, rows_to_blame=rows_to_blame):
-            message = f"alone on its replica, attempt {lost.attempts} ended in {kind}"
+            message = f"attempt {lost.attempts} of {self._max_attempts}, the last one, ended in {kind}"
             self._settle(lost.key, Outcome(_failed(kind, message), lost.attempts))
         self._send_all()
 
@@ -236,12 +250,20 @@ class Dispatcher:
         if replica not in self._members:
             return
         logger.warning("replica %s lost: %s", replica, cause.message)
+        had_work = self._board.num_in_flight(replica) > 0
         self._lose(replica, cause.kind)
-        self._fruitless_losses += 1
+        self._note_fruitless_loss(had_work=had_work)
         if self._fruitless_losses >= MAX_FRUITLESS_LOSSES:
             lost = self._fruitless_losses
             self._fail(f"{lost} replicas in a row died without finishing a row; last: {cause.message}")
         await self._fleet.report.remote(replica, cause.kind, cause.message)
+
+    def _note_fruitless_loss(self, *, had_work: bool) -> None:
+        """Count losses that look like the work's doing; many at one moment are one event, such as a lost node."""
+        now = time.monotonic()
+        if had_work and now - self._last_fruitless_loss > SAME_MOMENT_S:
+            self._fruitless_losses += 1
+            self._last_fruitless_loss = now
 
     def _receive(self, replica: str, results: Sequence[RowResult]) -> None:
         for result in results:
@@ -255,7 +277,8 @@ class Dispatcher:
                 if attempt is not None:
                     self._settle(key, Outcome(result, attempt))
             else:
-                lost = self._board.request_failed(replica, key, result.failure.kind)
+                kind = result.failure.kind
+                lost = self._board.request_failed(replica, key, kind, final=kind == RequestRefused.kind)
                 if lost is not None:
                     self._settle(key, Outcome(result, lost.attempts))
         self._send_all()

@@ -101,7 +101,7 @@ class Engine(Protocol):
     """Synchronous engine, driven by one thread.
 
     Guarantees:
-    - `add` raises RequestError for a request it refuses, and the engine is as before.
+    - `add` raises RequestRefused for a request that breaks its rules, and the engine is as before.
     - every accepted request comes out of `step` exactly once, unless aborted.
     - an exception out of `step` means that the engine is dead.
     """

@@ -3,7 +3,8 @@
     TramontaneError
     |-- RowError               this row is `failed`; its neighbours go on; never retried within a run
     |-- AttemptError           one attempt at some rows ended badly; dispatch retries them
-    |   |-- RequestError         the engine refused or failed one request
+    |   |-- RequestError         the engine failed one request
+    |   |-- RequestRefused       the engine refuses one request by rule; the one attempt that isn't repeated
     |   |-- ReplicaDied          the replica's process or node is gone, with all that was in flight on it
     |   `-- ReplicaHung          no progress for the allowed time; the replica is killed
     |-- RoutingInvalid         one sample's expert ids are impossible: nulled and counted; its text stands
@@ -53,7 +54,13 @@ class AttemptError(TramontaneError):
 
 
 class RequestError(AttemptError):
-    """The engine refused or failed one request; others in the same engine are unharmed."""
+    """The engine failed one request; others in the same engine are unharmed."""
+
+
+class RequestRefused(AttemptError):
+    """The engine refuses one request by its own rules, and would again."""
+
+    kind = "request_refused"
 
 
 class ReplicaDied(AttemptError):

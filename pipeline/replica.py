@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import queue
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.engine import UNKNOWN_TIMING, Completion, Engine, EngineInfo, Failure, MoeShape, Request, Sample, Timing
-from pipeline.errors import ReplicaDied, RequestError, RoutingInvalid
+from pipeline.errors import AttemptError, ReplicaDied, RequestError, RoutingInvalid
 from pipeline.routing import RowRouting, summarize_row
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,22 @@ class Poll:
     """Engine steps so far; a replica with work whose count stands still hangs."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """What to remember of a request while the engine has it."""
+
+    num_prompt_tokens: int
+    num_samples: int
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    """Forget everything of one consumer."""
+
+    consumer: str
+
+
 class _Mailbox:
     """What one dispatcher is still to be told."""
 
@@ -86,20 +103,20 @@ class Replica:
     """One engine behind an async actor interface; made an actor by the fleet.
 
     Guarantees:
-    - each submitted request appears in exactly one poll of its consumer, as samples or as a failure, unless the
-      replica dies.
+    - each submitted request appears in exactly one poll of its consumer, as all of its samples or as a failure, unless
+      it is cancelled or the replica dies.
     - once the engine has died every call raises ReplicaDied, and the process exits.
     """
 
     def __init__(self, config: EngineConfig, *, keep_expert_ids: bool, request_timeout_s: float) -> None:
         self._keep_expert_ids = keep_expert_ids
         self._request_timeout_s = request_timeout_s
-        self._inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | _Cancel] = queue.SimpleQueue()
         self._mailboxes: defaultdict[str, _Mailbox] = defaultdict(_Mailbox)
         self._ready = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._prompt_lengths: dict[str, int] = {}
-        self._deadlines: dict[str, float] = {}
+        self._accepted: dict[str, _Accepted] = {}
+        """Requests that the engine has, in order of arrival."""
         self._info: EngineInfo | None = None
         self._num_steps = 0
         self._death: Exception | None = None
@@ -146,6 +163,10 @@ class Replica:
         results, mailbox.results = mailbox.results, []
         return Poll(tuple(results), self._num_steps)
 
+    async def cancel(self, consumer: str) -> None:
+        """Abort the consumer's unfinished requests and drop what it hasn't been told; it won't poll again."""
+        self._inbox.put(_Cancel(consumer))
+
     def _check_alive(self) -> None:
         if self._death is not None:
             raise ReplicaDied(f"the engine died: {type(self._death).__name__}: {str(self._death)[:500]}")
@@ -153,6 +174,7 @@ class Replica:
     def _run(self, config: EngineConfig) -> None:
         """Body of the engine's thread."""
         assert self._loop is not None  # noqa: S101  set before the thread starts
+        engine: Engine | None = None
         try:
             engine = config.build()
             self._info = engine.info
@@ -161,6 +183,8 @@ class Replica:
                 self._step(engine)
         except Exception as error:
             logger.exception("engine died")
+            if engine is not None:
+                engine.close()  # its worker processes would hold their GPUs against the replacement
             self._death = error
             self._loop.call_soon_threadsafe(self._announce_death)
 
@@ -173,9 +197,10 @@ class Replica:
 
     def _step(self, engine: Engine) -> None:
         finished: list[RowResult] = []
-        for request in self._take_requests():
-            refusal = self._add(engine, request)
-            if refusal is not None:
+        for message in self._take_messages():
+            if isinstance(message, _Cancel):
+                self._cancel(engine, message.consumer)
+            elif (refusal := self._add(engine, message)) is not None:
                 finished.append(refusal)
         finished.extend(self._reduce(output, engine.info.moe) for output in engine.step())
         finished.extend(self._expire(engine))
@@ -184,52 +209,53 @@ class Replica:
             assert self._loop is not None  # noqa: S101
             self._loop.call_soon_threadsafe(self._deliver, finished)
 
-    def _take_requests(self) -> list[Request]:
-        requests: list[Request] = []
+    def _take_messages(self) -> list[Request | _Cancel]:
+        messages: list[Request | _Cancel] = []
         try:
-            if not self._prompt_lengths:  # nothing is running: sleep until something arrives
-                requests.append(self._inbox.get(timeout=IDLE_WAIT_S))
+            if not self._accepted:  # nothing is running: sleep until something arrives
+                messages.append(self._inbox.get(timeout=IDLE_WAIT_S))
             while True:
-                requests.append(self._inbox.get_nowait())
+                messages.append(self._inbox.get_nowait())
         except queue.Empty:
-            return requests
+            return messages
 
     def _add(self, engine: Engine, request: Request) -> RowResult | None:
         try:
             engine.add(request)
-        except RequestError as error:
-            return RowResult(request.request_id, failure=Failure(request.request_id, error.kind, error.message))
-        self._prompt_lengths[request.request_id] = len(request.prompt_token_ids)
-        self._deadlines[request.request_id] = time.monotonic() + self._request_timeout_s
+        except AttemptError as error:
+            return _failure(request.request_id, error.kind, error.message)
+        deadline = time.monotonic() + self._request_timeout_s
+        self._accepted[request.request_id] = _Accepted(len(request.prompt_token_ids), request.sampling.n, deadline)
         return None
+
+    def _cancel(self, engine: Engine, consumer: str) -> None:
+        mine = [request_id for request_id in self._accepted if request_id.startswith(f"{consumer}/")]
+        engine.abort(mine)
+        for request_id in mine:
+            del self._accepted[request_id]
+        assert self._loop is not None  # noqa: S101
+        self._loop.call_soon_threadsafe(self._mailboxes.pop, consumer, None)
 
     def _expire(self, engine: Engine) -> list[RowResult]:
         now = time.monotonic()
-        late: list[str] = []
-        for (
-            request_id,
-            deadline,
-        ) in self._deadlines.items():  # in order of arrival
-            if deadline > now:
-                break
-            late.append(request_id)
+        late = list(itertools.takewhile(lambda request_id: self._accepted[request_id].deadline <= now, self._accepted))
         if not late:
             return []
         engine.abort(late)
-        message = f"not finished within limits.request_timeout_s = {self._request_timeout_s:g}"
         for request_id in late:
-            self._forget(request_id)
-        return [RowResult(r, failure=Failure(r, "request_timeout", message)) for r in late]
-
-    def _forget(self, request_id: str) -> int:
-        self._deadlines.pop(request_id, None)
-        return self._prompt_lengths.pop(request_id, 0)
+            del self._accepted[request_id]
+        message = f"not finished within limits.request_timeout_s = {self._request_timeout_s:g}"
+        return [_failure(request_id, "request_timeout", message) for request_id in late]
 
     def _reduce(self, output: Completion | Failure, moe: MoeShape | None) -> RowResult:
-        num_prompt = self._forget(output.request_id)
+        request = self._accepted.pop(output.request_id)
         if isinstance(output, Failure):
             return RowResult(output.request_id, failure=output)
-        samples = tuple(reduce_sample(s, num_prompt, moe, keep_ids=self._keep_expert_ids) for s in output.samples)
+        if len(output.samples) != request.num_samples:
+            message = f"the engine returned {len(output.samples)} samples instead of {request.num_samples}"
+            return _failure(output.request_id, RequestError.kind, message)
+        prompt = request.num_prompt_tokens
+        samples = tuple(reduce_sample(s, prompt, moe, keep_ids=self._keep_expert_ids) for s in output.samples)
         return RowResult(output.request_id, samples, output.num_cached_tokens, output.timing)
 
     def _deliver(self, results: list[RowResult]) -> None:
@@ -237,6 +263,10 @@ class Replica:
             mailbox = self._mailboxes[result.request_id.partition("/")[0]]
             mailbox.results.append(result)
             mailbox.wake.set()
+
+
+def _failure(request_id: str, kind: str, message: str) -> RowResult:
+    return RowResult(request_id, failure=Failure(request_id, kind, message))
 
 
 def reduce_sample(sample: Sample, num_prompt: int, moe: MoeShape | None, *, keep_ids: bool) -> ReducedSample:

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Request, Sample, Timing
-from pipeline.errors import RequestError, SpecError
+from pipeline.errors import RequestRefused, SpecError
 from pipeline.model import read_config, routing_layers
 from pipeline.settings import SamplingSettings
 
@@ -109,7 +109,7 @@ class VllmEngine:
                 priority=request.priority,
             )
         except (_refusal(), ValueError, TypeError) as error:  # nothing was queued
-            raise RequestError(f"the engine refused the request: {error}") from error
+            raise RequestRefused(f"the engine refused the request: {error}") from error
 
     def step(self) -> Sequence[Completion | Failure]:
         """Advance all running requests by one step; see `Engine.step`."""

@@ -109,12 +109,16 @@ class DriverLauncher:
         """Processes of our drivers' Rays that still run: those with files open or named in our folder."""
         return {pid: name for pid in _pids() if (name := _uses(pid, self._ray)) is not None}
 
+    def daemons(self) -> list[str]:
+        """Of these, the ones that hold a Ray together."""
+        return [name for name in self.leftovers().values() if "raylet" in name or "gcs_server" in name]
+
     def close(self) -> None:
-        """End what is left; Ray's processes follow their driver within seconds."""
+        """End what is left. Ray's daemons follow their driver within seconds; workers that are just starting don't."""
         for driver in self._drivers:
             driver.kill()
         try:
-            wait_until(lambda: not self.leftovers(), "processes of a killed driver end", deadline_s=30)
+            wait_until(lambda: not self.daemons(), "Ray's daemons end with their driver", deadline_s=30)
         finally:
             for pid in self.leftovers():
                 os.kill(pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Request, Sample, Timing
-from pipeline.errors import RequestError
+from pipeline.errors import RequestRefused
 
 MOE = MoeShape(num_layers=2, num_experts=8, top_k=2)
 
@@ -63,7 +63,7 @@ class ScriptedEngine:
 
     def add(self, request: Request) -> None:
         if self._action(request) == "refuse":
-            raise RequestError("refused by script")
+            raise RequestRefused("refused by script")
         self._running[request.request_id] = (request, self.config.steps_per_request)
 
     def step(self) -> Sequence[Completion | Failure]:

@@ -2,7 +2,8 @@
 
     python tests/bench/million_driver.py ROWS FOLDER [REPLICAS]
 
-Writes FOLDER/in.parquet and FOLDER/out, and prints one JSON object: rates and (rows done, driver, dispatcher) in MiB.
+Writes FOLDER/in.parquet and FOLDER/out, and prints one JSON object: rates, and samples of rows done, rows in flight and
+the resident memory of driver and dispatcher in MiB.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from pipeline.dispatcher import WINDOW_FACTOR
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import TINY_MOE, make_job, run_scripted
 
 INTERVAL_S = 0.5
+MAX_NUM_SEQS = 512
+"""As an engine on a GPU has."""
 MIB = 1 << 20
 
 
@@ -45,7 +49,7 @@ class MemoryWatch:
     """Samples resident memory of this process and of the dispatcher's, until told to stop."""
 
     progress_file: Path
-    samples: list[tuple[int, float, float]] = field(default_factory=list)
+    samples: list[dict[str, float]] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     _dispatcher: psutil.Process | None = None
 
@@ -53,10 +57,11 @@ class MemoryWatch:
         me = psutil.Process()
         while not self.stop.wait(INTERVAL_S):
             with contextlib.suppress(OSError, ValueError, psutil.Error):
-                rows = json.loads(self.progress_file.read_text())["rows_done"]
+                progress = json.loads(self.progress_file.read_text())
                 dispatcher = self._dispatcher = self._dispatcher or find_dispatcher(me)
                 if dispatcher is not None:
-                    self.samples.append((rows, rss(me), rss(dispatcher)))
+                    sample = {name: progress[name] for name in ("rows_done", "rows_in_flight")}
+                    self.samples.append(sample | {"driver_mib": rss(me), "dispatcher_mib": rss(dispatcher)})
 
 
 def rss(process: psutil.Process) -> float:
@@ -89,7 +94,7 @@ def main(rows: int, folder: Path, replicas: int) -> None:
         )
         thread.start()
         began = time.monotonic()
-        summary = run_scripted(job, ScriptedConfig(moe=TINY_MOE, max_num_seqs=512), replicas=replicas)
+        summary = run_scripted(job, ScriptedConfig(moe=TINY_MOE, max_num_seqs=MAX_NUM_SEQS), replicas=replicas)
         wall = time.monotonic() - began
         watch.stop.set()
         thread.join()
@@ -101,6 +106,7 @@ def main(rows: int, folder: Path, replicas: int) -> None:
         "exit_code": summary["exit_code"],
         "counts": summary["counts"],
         "load": os.getloadavg()[0],
+        "window": WINDOW_FACTOR * MAX_NUM_SEQS * replicas,
         "samples": watch.samples,
     }
     print(json.dumps(report))

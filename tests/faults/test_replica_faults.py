@@ -79,7 +79,6 @@ def check_texts(outcomes: list[Outcome | None] | None) -> None:
         ("raise", "engine_crash", {}),
         ("hang", "engine_hang", {"hang_timeout_s": 3}),
         ("error", "request_error", {}),
-        ("refuse", "request_error", {}),
         ("never", "request_timeout", {"request_timeout_s": 1.0}),
     ],
 )
@@ -91,6 +90,15 @@ def test_a_bad_row_fails_after_three_attempts_and_its_neighbours_succeed(
         [outcomes] = run.generate(requests_for(range(100)))
         assert kinds(outcomes) == {37: (kind, 3)}
         check_texts(outcomes)
+    finally:
+        run.close()
+
+
+def test_what_the_engine_refuses_by_rule_is_not_tried_again(local_ray: None) -> None:
+    run = Run(ScriptedConfig(faults={1037: "refuse"}), 2)
+    try:
+        [outcomes] = run.generate(requests_for(range(100)))
+        assert kinds(outcomes) == {37: ("request_refused", 1)}
     finally:
         run.close()
 
@@ -186,5 +194,88 @@ def test_abandoning_drops_every_unfinished_shard_at_once(local_ray: None) -> Non
     run = Run(ScriptedConfig(max_num_seqs=32, step_delay_s=0.2, steps_per_request=50), 1)
     try:
         assert _drained(run, "abandon") == [None] * 5
+    finally:
+        run.close()
+
+
+def test_a_replica_once_lost_never_comes_back_however_late_the_fleet_hears_of_it(local_ray: None) -> None:
+    """The fleet still names the dead for a while; believing it would charge innocent rows with more deaths."""
+    run = Run(ScriptedConfig(max_num_seqs=4, step_delay_s=0.02, faults={1005: "crash"}), 2)
+    slow = _SlowToHear(run.fleet)
+
+    async def work() -> list[Outcome | None] | None:
+        dispatcher = Dispatcher(slow, on_outcome=lambda request, outcome: None, **run.limits)
+        return await dispatcher.generate(requests_for(range(120)))
+
+    try:
+        outcomes = asyncio.run(asyncio.wait_for(work(), 90))
+        assert kinds(outcomes) == {5: ("engine_crash", 3)}
+        assert run.status()["num_losses"] == 3
+    finally:
+        run.close()
+
+
+class _SlowToHear:
+    """A fleet whose `report` takes 300 ms to arrive; everything else is the real one."""
+
+    def __init__(self, fleet: Any) -> None:
+        self.watch = fleet.watch
+        self.report = self
+        self._report = fleet.report
+
+    async def remote(self, *arguments: Any) -> None:
+        await asyncio.sleep(0.3)
+        await self._report.remote(*arguments)
+
+
+def test_a_shard_that_arrives_after_the_fleet_gave_up_fails_instead_of_waiting(local_ray: None) -> None:
+    run = Run(ScriptedConfig(fail_start="weights are corrupt"), 1)
+
+    async def work() -> None:
+        dispatcher = Dispatcher(run.fleet, on_outcome=lambda request, outcome: None, **run.limits)
+        for _ in range(2):
+            with pytest.raises(InfrastructureError, match="weights are corrupt"):
+                await dispatcher.generate(requests_for(range(4)))
+
+    try:
+        asyncio.run(asyncio.wait_for(work(), 60))
+    finally:
+        run.close()
+
+
+def test_a_pool_that_cannot_start_does_not_stop_the_others(local_ray: None) -> None:
+    good = PoolPlan("good", 1, ScriptedConfig(start_delay_s=6))
+    bad = PoolPlan("bad", 1, ScriptedConfig(fail_start="no such weights"))
+    fleet = start_fleet([bad, good], keep_expert_ids=False, request_timeout_s=60)
+
+    async def work() -> list[Outcome | None] | None:
+        limits: dict[str, Any] = {"max_attempts": 3, "hang_timeout_s": 30.0}
+        dispatcher = Dispatcher(fleet, on_outcome=lambda request, outcome: None, **limits)
+        return await dispatcher.generate(requests_for(range(20)))
+
+    try:
+        assert kinds(asyncio.run(asyncio.wait_for(work(), 90))) == {}
+    finally:
+        ray.get(fleet.stop.remote())
+        ray.kill(fleet)
+
+
+def test_cancelled_requests_free_the_engine_for_the_next_consumer(local_ray: None) -> None:
+    run = Run(ScriptedConfig(max_num_seqs=8, step_delay_s=0.05, steps_per_request=2, faults={1000: "never"}), 1)
+
+    async def abandon() -> None:
+        dispatcher = Dispatcher(run.fleet, on_outcome=lambda request, outcome: None, **run.limits)
+        endless: list[Request | None] = [Request("", [1, 1000], SAMPLING, None) for _ in range(8)]
+        shard = asyncio.ensure_future(dispatcher.generate(endless))
+        while dispatcher.num_in_flight == 0:  # noqa: ASYNC110  the dispatcher tells nobody
+            await asyncio.sleep(0.005)
+        dispatcher.abandon()
+        assert await shard is None
+
+    try:
+        asyncio.run(asyncio.wait_for(abandon(), 60))
+        # All 8 places of the engine were taken by requests that never end.
+        [outcomes] = run.generate(requests_for(range(1, 20)))
+        assert kinds(outcomes) == {}
     finally:
         run.close()

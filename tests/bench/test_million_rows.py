@@ -1,0 +1,62 @@
+"""Scale: whatever the number of rows, memory of driver and dispatcher stays where it was after the first tenth.
+
+Throughput is printed, and bounded loosely: on two idle cores it was 4,400 rows per second (100,000 rows, one replica).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.whole_runs import check_whole
+
+DRIVER = Path(__file__).with_name("million_driver.py")
+ROOT = Path(__file__).parents[2]
+
+
+def run_rows(rows: int, folder: Path, *, timeout_s: float) -> dict[str, Any]:
+    """The driver's report; its output stays in the folder."""
+    command = [sys.executable, str(DRIVER), str(rows), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.check_output(command, env=environment, cwd=ROOT, timeout=timeout_s, text=True)
+    report: dict[str, Any] = json.loads(done.splitlines()[-1])
+    print({name: value for name, value in report.items() if name != "samples"})
+    return report
+
+
+def growth(samples: list[dict[str, float]], name: str, rows: int) -> float:
+    """MiB between the first tenth of the rows and the highest point after it."""
+    after = [sample[name] for sample in samples if sample["rows_done"] >= rows // 10]
+    assert len(after) >= 3, "too few samples to speak of growth"
+    return max(after) - after[0]
+
+
+def check_scale(report: dict[str, Any], rows: int, *, driver_mib: float, dispatcher_mib: float) -> None:
+    assert report["exit_code"] == 0
+    assert report["counts"]["committed_rows"] == rows
+    assert report["counts"]["failed"] == 0
+    samples = report["samples"]
+    assert growth(samples, "driver_mib", rows) < driver_mib
+    assert growth(samples, "dispatcher_mib", rows) < dispatcher_mib
+    assert 0 < max(sample["rows_in_flight"] for sample in samples) <= report["window"]
+    assert report["execution"]["rates"]["rows_per_s"] > 500
+
+
+@pytest.mark.timeout(150)
+def test_40_000_rows_leave_memory_flat(tmp_path: Path) -> None:
+    report = run_rows(40_000, tmp_path, timeout_s=140)
+    check_scale(report, 40_000, driver_mib=30, dispatcher_mib=60)
+    check_whole(tmp_path / "out", 40_000)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_a_million_rows_leave_memory_flat(tmp_path: Path) -> None:
+    report = run_rows(1_000_000, tmp_path, timeout_s=2300)
+    check_scale(report, 1_000_000, driver_mib=300, dispatcher_mib=150)
