@@ -32,7 +32,6 @@ NEUTRAL_ENGINE_ARGS = frozenset(
         "enable_prefix_caching",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
-        "load_format",
         "long_prefill_token_threshold",
         "max_num_batched_tokens",
         "max_num_scheduled_tokens",

@@ -29,6 +29,9 @@ from pipeline.settings import (
 _GREEDY_BELOW = 1e-5
 _GPU_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
+_NO_CODE = "leave it out; code is never loaded by name from a spec"
+_LOAD_FORMATS = ("safetensors", "dummy", "fastsafetensors", "runai_streamer", "runai_streamer_sharded")
+_LOAD_FORMAT_CURE = f"use one of {', '.join(_LOAD_FORMATS)}; the others may load pickled weights"
 _ELSEWHERE = {
     "model": "set `model.source`",
     "model_weights": "set `model.source`",
@@ -52,6 +55,14 @@ _ELSEWHERE = {
     "distributed_executor_backend": "leave it out; each replica is placed and started by the fleet",
     "scheduling_policy": "leave it out; requests carry priorities",
     "disable_log_stats": "leave it out; the `timing` column needs the engine's times",
+    "worker_cls": _NO_CODE,
+    "worker_extension_cls": _NO_CODE,
+    "logits_processors": _NO_CODE,
+    "model_impl": _NO_CODE,
+    "config_format": "leave it out; the model's config.json is used",
+    "hf_config_path": "leave it out; the model's own config.json is used",
+    "model_loader_extra_config": "leave it out; only safetensors are loaded",
+    "api_key": "leave it out; a spec is stored with its results, so it may hold no secret",
     "runner": "leave it out; every job generates",
     "convert": "leave it out; every job generates",
     "nnodes": "leave it out; a replica lives on one node",
@@ -162,7 +173,9 @@ def _check_engine_args(sections: Sections) -> Iterator[Problem]:
 def _check_engine_arg(path: FieldPath, value: object, *, is_captured: bool) -> Iterator[Problem]:
     name = str(path[-1])
     flat = name.replace("-", "_")
-    if flat in _ELSEWHERE:
+    if flat == "load_format" and value not in _LOAD_FORMATS:
+        yield Problem(path, f"`load_format` {value} is not allowed", hint=_LOAD_FORMAT_CURE)
+    elif flat in _ELSEWHERE:
         yield Problem(path, f"`{name}` is not an engine argument to set here", hint=_ELSEWHERE[flat], on_key=True)
     elif flat.startswith(("data_parallel_", "_")):
         yield Problem(path, f"`{name}` is not an engine argument to set here", hint="leave it out", on_key=True)

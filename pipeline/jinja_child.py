@@ -37,7 +37,7 @@ _FORBIDDEN = (
     nodes.EvalContextModifier,
 )
 # The sandbox's classic escape routes and memory bombs (`lipsum(10**6)`) start from globals that no prompt needs.
-_GLOBALS = ("range", "namespace", "cycler", "joiner", "dict")
+GLOBALS = ("range", "namespace", "cycler", "joiner", "dict")
 
 
 class NullUsed(UndefinedError):
@@ -97,7 +97,7 @@ def _finalize(value: object) -> object:
 def template_environment() -> ImmutableSandboxedEnvironment:
     """Return a fresh environment: sandboxed, values immutable, undefined names and printed nulls are errors."""
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_finalize, cache_size=0)
-    environment.globals = {name: environment.globals[name] for name in _GLOBALS}
+    environment.globals = {name: environment.globals[name] for name in GLOBALS}
     environment.filters["tojson"] = _to_json
     environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
     environment.tests["defined"] = lambda value: isinstance(value, Null) or not isinstance(value, Undefined)

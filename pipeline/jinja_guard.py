@@ -13,6 +13,7 @@ Guarantees:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, nodes
@@ -29,9 +30,11 @@ _CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 1024
 # A row takes the child about three times its size; larger ones would only be sent to fail there.
 _ROW_BYTES = 96 << 20
-# After so many rows in a row that had to be killed (2 s each) the rest of the batch is not tried: 4,096 of them would
-# take more than two hours before the run could notice that its template is no good.
-_MAX_STRIKES = 5
+# After so many rows in succession that had to be killed (2 s each) the rest of the batch gets a twentieth of the time:
+# 4,096 of them would take more than two hours before the run could notice that its template is no good. Good rows take
+# 10 microseconds, so neighbours of exploding rows aren't touched by it.
+_PATIENCE = 5
+_IMPATIENCE = 20
 
 
 class _Columns(TrackingCodeGenerator):
@@ -79,7 +82,6 @@ class GuardedRenderer:
         self._limits = limits or RenderLimits()
         self.columns = frozenset[str]().union(*(template_columns(text) for text in templates))
         self._strikes = 0
-        self._last_loss = crashed("was not started")
         self._child: RenderProcess | None = None
         try:
             self._running_child()
@@ -98,9 +100,11 @@ class GuardedRenderer:
         `table` may hold other columns too. One that a template uses and that isn't there fails every row which uses it.
         """
         answers: list[list[str] | RowError] = []
-        # One trial per batch once the template has proved hopeless, so that it can recover.
-        self._strikes = min(self._strikes, _MAX_STRIKES - 1)
-        present = [name for name in table.column_names if name in self.columns]
+        if self._strikes >= _PATIENCE:
+            self._strikes = 0
+            self.close()  # the next child has all the time again
+        # A column that is there wins over Jinja's global of that name, which no analysis can tell it from.
+        present = [name for name in table.column_names if name in self.columns or name in jinja_child.GLOBALS]
         for chunk in _chunks(_plain(table.select(present), table.num_rows)):
             self._render_chunk(chunk, answers)
         return answers
@@ -112,13 +116,10 @@ class GuardedRenderer:
             return
         start, end = len(answers), len(answers) + chunk.num_rows
         while len(answers) < end:
-            if self._strikes >= _MAX_STRIKES:
-                answers += [self._untried()] * (end - len(answers))
-                return
             try:
                 for answer in self._running_child().render(chunk.slice(len(answers) - start)):
                     answers.append(answer)
-                    self._strikes = 0
+                    self._strikes = self._strikes if self._strikes >= _PATIENCE else 0
             except (RowError, OSError) as error:
                 answers.append(self._strike(error))
 
@@ -126,16 +127,12 @@ class GuardedRenderer:
         """Forget the dead child; return the failure of the row that it died of."""
         self.close()
         self._strikes += 1
-        self._last_loss = error if isinstance(error, RowError) else crashed(f"can't be started: {error}")
-        return self._last_loss
-
-    def _untried(self) -> RowError:
-        message = f"not rendered: {_MAX_STRIKES} rows before it failed one after the other: {self._last_loss.message}"
-        return RowError(self._last_loss.kind, message, STAGE)
+        return error if isinstance(error, RowError) else crashed(f"can't be started: {error}")
 
     def _running_child(self) -> RenderProcess:
         if self._child is None:
-            child = RenderProcess(self._templates, self._limits)
+            hurry = _IMPATIENCE if self._strikes >= _PATIENCE else 1
+            child = RenderProcess(self._templates, replace(self._limits, timeout_s=self._limits.timeout_s / hurry))
             child.compiled()
             self._child = child
         return self._child

@@ -39,6 +39,7 @@ def row_sampling(base: SamplingSettings, override_json: str | None) -> SamplingS
         RowError: kind `bad_sampling`; the message names the key and the rule it breaks.
     """
     if override_json is None:
+        _check_together(base)
         return base
     override = _parse(override_json)
     for key in override:

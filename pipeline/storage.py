@@ -81,7 +81,8 @@ class Store:
         return split_url(self.root)[0] == "file"
 
     def __getstate__(self) -> dict[str, str]:
-        return {"root": self.root}  # the filesystem is rebuilt where it is used
+        # The filesystem is rebuilt where it is used, and another process may stand in another folder.
+        return {"root": self.path("x").removesuffix("/x") if self.is_local else self.root}
 
     def path(self, name: str) -> str:
         """Full path of an object, as the filesystem wants it.

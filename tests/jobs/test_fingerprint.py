@@ -36,7 +36,6 @@ NEUTRAL = [
     "fleet.pools[0].tensor_parallel=2",
     "fleet.pools=[{gpu: A100-80GB}, {gpu: H100-80GB, engine_args: {max_num_seqs: 9}}]",
     "model.engine_args={max_num_seqs: 8}",
-    "fleet.pools[0].engine_args={load_format: dummy}",
 ]
 COUNTING = {
     "model.source": "other/model",
