@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,11 @@ def main() -> None:
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             print("interrupted before any row was done; rerun the same command", file=sys.stderr)
         raise
+    except Exception as error:  # noqa: BLE001
+        # The last boundary: Python's own exit code 1 would read as "done, with too many failed rows".
+        traceback.print_exc()
+        print(f"error: unexpected {type(error).__name__}; committed rows are safe; rerun", file=sys.stderr)
+        sys.exit(3)
 
 
 def _print_version(wanted: bool) -> None:
@@ -146,7 +152,7 @@ def plan(
     from jobs.prepare import prepare
     from jobs.spec import load_spec
 
-    report = estimate(prepare(load_spec(spec, overrides or [])), sample_rows=sample)
+    report = estimate(prepare(load_spec(spec, overrides or []), weights=False), sample_rows=sample)
     if as_json:
         _print_json(report)
     else:

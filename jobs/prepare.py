@@ -72,8 +72,8 @@ class PreparedJob:
         return None if column is None else check_ids(self.plan.files, column)
 
 
-def prepare(spec: JobSpec) -> PreparedJob:
-    """Look at input and model, and cut the plan.
+def prepare(spec: JobSpec, *, weights: bool = True) -> PreparedJob:
+    """Look at input and model, and cut the plan. Without `weights` the model's big files aren't fetched.
 
     Raises:
         SpecError: a path matches nothing, a column is missing, types don't unify, the model can't be used, ...
@@ -82,12 +82,18 @@ def prepare(spec: JobSpec) -> PreparedJob:
     files = list_inputs(spec.input.path)
     needed = needed_columns(spec.prompt, spec.sampling) | _named_columns(spec)
     read_schema = user_schema(files, required=sorted(needed), carried=spec.output.keep)
-    model = fetch_model(spec.model)
+    model = fetch_model(spec.model, weights=weights)
     off = routing_off_reason(spec, model)
     moe = None if off else model.moe
     routing = routing_type(moe, tokens=spec.routing.level == "tokens") if moe else None
     num_replicas = sum(pool.replicas for pool in spec.fleet.pools)
-    plan = make_plan(files, replicas=num_replicas, limit=spec.input.limit)
+    plan = make_plan(
+        files,
+        replicas=num_replicas,
+        limit=spec.input.limit,
+        samples=spec.sampling.n,
+        result_bytes=result_bytes(spec, moe),
+    )
     identity = {file.path: [file.size, file.version] for file in plan.files}
     return PreparedJob(
         spec=spec,
@@ -104,6 +110,16 @@ def prepare(spec: JobSpec) -> PreparedJob:
         fingerprint=fingerprint_fields(spec, model_identity={"digest": model.digest}, input_identity=identity),
         routing_off_because=off,
     )
+
+
+def result_bytes(spec: JobSpec, moe: MoeShape | None) -> int:
+    """Most bytes that a sample adds to its row: 4 a token of text, 8 per layer and expert, and expert ids if kept."""
+    size = 4 * spec.sampling.max_tokens
+    if moe is not None:
+        size += 8 * moe.num_layers * moe.num_experts
+        if spec.routing.level == "tokens":
+            size += spec.model.max_model_len * moe.num_layers * moe.top_k
+    return size
 
 
 def routing_off_reason(spec: JobSpec, model: ModelFiles) -> str | None:

@@ -2,7 +2,7 @@
 
 Guarantees:
 - one execution owns the output from its first write to its last.
-- committed rows are never done again, unless they failed and are asked for.
+- committed rows are never done again, unless they failed: for a reason that may have passed, or by `retry`.
 - the exit code says what happened: 0 done, 1 too many failed rows, 2 nothing ran, 3 infrastructure, 130 interrupted.
 """
 
@@ -23,7 +23,7 @@ from jobs.interrupts import Interrupts
 from jobs.prepare import PreparedJob
 from jobs.progress import ProgressDisplay
 from jobs.ray_session import local_ray
-from jobs.summary import Execution, build_summary, read_summary, write_summary
+from jobs.summary import SUMMARY, Execution, build_summary, read_summary, write_summary
 from jobs.supervise import Supervisor
 from jobs.work import RunOptions, Work, find_work
 from pipeline.counters import RowTotals, RunCounters
@@ -106,6 +106,7 @@ def _execute(
     if work.shards or work.rows:
         if not options.only_failed:
             store.put(SPEC, job.spec.model_dump_json(indent=1).encode())
+        store.delete(SUMMARY)  # written last, so while there is work there is none
         ledger.record_event(
             "started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_single_rows
         )
@@ -174,9 +175,11 @@ def execute_work(
     spec = job.spec
     pools = engines.pools or pool_plans(spec.fleet, spec.model, model_path=job.model.path, moe=job.moe)
     window = WINDOW_FACTOR * sum(pool.num_replicas * pool.max_num_seqs for pool in pools)
-    flow = make_flow(job, store, job_seed(store, spec.sampling.seed), window=window)
+    seed, epoch = job_seed(store, spec.sampling.seed), lease.epoch if lease else None
+    flow = make_flow(job, store, seed, window=window, epoch=epoch)
     with local_ray(), ProgressDisplay(store, quiet=quiet) as display:
         interrupts.install()
+        require_gpus(pools)
         monitor = start_monitor()
         fleet = engines.fleet or start_fleet(
             pools,
@@ -211,7 +214,21 @@ def execute_work(
             ray.kill(monitor)
 
 
-def make_flow(job: PreparedJob, store: Store, seed: int, *, window: int) -> Flow:
+def require_gpus(pools: list[PoolPlan]) -> None:
+    """Raise SpecError when the machine can never hold the pools: waiting for it would be waiting for ever."""
+    import ray
+
+    wanted = sum(pool.num_gpus * pool.num_replicas for pool in pools)
+    there = ray.cluster_resources().get("GPU", 0)
+    if wanted > there:
+        names = ", ".join(pool.name for pool in pools if pool.num_gpus)
+        raise SpecError(
+            f"fleet.pools ({names}) need {wanted:g} GPUs, but this machine has {there:g}; lower replicas or "
+            "tensor_parallel, or set gpu: cpu"
+        )
+
+
+def make_flow(job: PreparedJob, store: Store, seed: int, *, window: int, epoch: int | None) -> Flow:
     """Put the data path's settings together."""
     return Flow(
         plan=job.plan,
@@ -227,6 +244,7 @@ def make_flow(job: PreparedJob, store: Store, seed: int, *, window: int) -> Flow
         ),
         store=store,
         fingerprint=fingerprint_digest(job.fingerprint),
+        epoch=epoch,
         window=window,
     )
 

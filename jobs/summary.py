@@ -37,6 +37,8 @@ class Execution:
     generated_tokens: int = 0
     replica_losses: list[dict[str, str]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+    """What went wrong while an execution that was to end early did so."""
 
     def rates(self) -> dict[str, float]:
         """Tokens and rows per second of generating, loading of the engine excluded."""
@@ -111,6 +113,7 @@ def build_summary(
             "generated_tokens": execution.generated_tokens,
             "rates": execution.rates(),
             "replica_losses": execution.replica_losses,
+            "error": execution.error,
         },
         "model": job.model.describe(),
         "versions": execution.versions,

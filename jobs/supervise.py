@@ -51,7 +51,8 @@ class Supervisor:
         self._monitor = monitor
         self._display = display
         self._lease = lease
-        self._failed_before = rows_before.samples.get("failed", 0)
+        retried = rows_to_do + rows_before.num_rows - job.plan.num_rows
+        self._failed_before = max(0, rows_before.samples.get("failed", 0) - retried)
         self._tracker = ProgressTracker(
             run_id=execution.run_id,
             rows_total=job.plan.num_rows,
@@ -59,7 +60,6 @@ class Supervisor:
             failed_before=self._failed_before,
             replicas_wanted=job.num_replicas,
         )
-        self._retrying = rows_to_do + rows_before.num_rows > job.plan.num_rows
         self._interrupts = interrupts
         self._reason: tuple[str, int] | None = None
         self._drain_deadline: float | None = None
@@ -96,6 +96,8 @@ class Supervisor:
         if self._lease_lost is not None:
             raise self._lease_lost
         if self._reason is not None:
+            if self._error is not None and self._stopped_at is None:  # not the end that was ordered
+                self._execution.error = self._as_run_error(self._error).message
             return self._reason
         if self._error is not None:
             raise self._as_run_error(self._error) from self._error
@@ -121,7 +123,7 @@ class Supervisor:
             self._first_row_at = time.monotonic()
         if self._reason is None and self._interrupts.count:
             self._reason = ("interrupted", 130)
-        failed = self._figures.rows_failed + (0 if self._retrying else self._failed_before)
+        failed = self._figures.rows_failed + self._failed_before
         if self._reason is None and self._job.too_many_failed(failed):
             self._reason = ("too_many_failures", 1)
         self._check_lease()
@@ -171,7 +173,7 @@ class Supervisor:
             status = ray.get(self._fleet.status.remote(), timeout=10)
             execution.replica_losses = status["losses"]
             execution.versions |= status["versions"]
-            if status["verdict"] is not None and self._error is not None:
+            if status["verdict"] is not None and status["verdict"] in str(self._error):
                 error = RunError(status["verdict"])
                 error.exit_code = status["verdict_exit_code"]
                 self._error = error

@@ -15,7 +15,9 @@ from ray.data.block import Block, BlockAccessor
 from ray.data.datasource.datasink import Datasink
 
 from pipeline.counters import RunCounters
+from pipeline.errors import InfrastructureError
 from pipeline.generate import detach_counters
+from pipeline.lease import current_owner
 from pipeline.parts import commit_part, encode_part, read_footer, read_part
 from pipeline.recount import kept_counters
 from pipeline.shards import Plan
@@ -26,13 +28,21 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
     """Commits each shard as it arrives."""
 
     def __init__(
-        self, store: Store, plan_ref: Any, monitor: Any, *, fingerprint: str, retried_statuses: Sequence[str] | None
+        self,
+        store: Store,
+        plan_ref: Any,
+        monitor: Any,
+        *,
+        fingerprint: str,
+        epoch: int | None,
+        retried_statuses: Sequence[str] | None,
     ) -> None:
         super().__init__()
         self._store = store
         self._plan_ref = plan_ref
         self._monitor = monitor
         self._fingerprint = fingerprint
+        self._epoch = epoch
         self._retried_statuses = retried_statuses
         """None when whole shards are written; else only rows of these statuses were done again."""
 
@@ -53,8 +63,19 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
         counters = RunCounters.from_json_bytes(blob)
         if self._retried_statuses is not None:
             rows, counters = overlay(self._store, name, rows, counters, self._retried_statuses)
+        self._check_ownership()
         commit_part(self._store, name, encode_part(rows, counters.to_json_bytes(), {"fingerprint": self._fingerprint}))
         self._monitor.note_commit.remote(shard)
+
+    def _check_ownership(self) -> None:
+        """Refuse to commit for a driver that was taken for dead: its parts may be older than those of its successor."""
+        if self._epoch is None:
+            return
+        owner = current_owner(self._store)
+        if owner is None or owner.epoch != self._epoch:
+            raise InfrastructureError(
+                f"{self._store.root} was taken over by {owner}; this run stops without touching it"
+            )
 
 
 def overlay(

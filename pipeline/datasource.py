@@ -21,6 +21,9 @@ from pipeline.inputs import InputFile
 from pipeline.read import read_shard
 from pipeline.shards import Plan, Shard
 
+MAX_TASK_RETRIES = 3
+"""Of a task whose process died. Ray Data's default is no limit: one that the kernel kills for its memory never ends."""
+
 
 class ShardSource(Datasource):  # type: ignore[misc]  # Ray is untyped for mypy
     """The shards of a plan that are still to do.
@@ -88,7 +91,9 @@ def read_plan(
     """Return a dataset with one block per shard; sets the current DataContext so that blocks stay whole."""
     DataContext.get_current().target_max_block_size = None
     source = ShardSource(plan, schema, shards=shards, rows=rows)
-    return ray.data.read_datasource(source, override_num_blocks=max(1, len(shards)))
+    return ray.data.read_datasource(
+        source, override_num_blocks=max(1, len(shards)), ray_remote_args={"max_retries": MAX_TASK_RETRIES}
+    )
 
 
 def _pack(shard: Shard, rows: Sequence[int]) -> bytes:

@@ -6,6 +6,7 @@ Ray Data moves blocks, a block being a shard from end to end; the stage names he
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,15 @@ import ray
 import ray.data
 
 from pipeline.datasink import PartSink
-from pipeline.datasource import read_plan
+from pipeline.datasource import MAX_TASK_RETRIES, read_plan
 from pipeline.generate import GenerateSettings, GenerateStage
 from pipeline.shards import Plan
 from pipeline.storage import Store
 from pipeline.templating import TemplateSettings, template_shard
+
+# Deprecated in 2.60 without a successor that limits retries; pyproject.toml keeps Ray below 2.64, where it goes.
+TASK_OPTIONS = {"max_retries": MAX_TASK_RETRIES}
+warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,8 @@ class Flow:
     generate: GenerateSettings
     store: Store
     fingerprint: str
+    epoch: int | None
+    """Ownership of the output under which parts may be committed; None when nobody else can know the output."""
     window: int
     """Unfinished rows that all replicas together can hold."""
 
@@ -52,10 +59,16 @@ def run_flow(
     """
     configure_ray_data()
     plan_ref = ray.put(flow.plan)
-    open_shards = num_open_shards(flow.window, flow.plan.rows_per_shard)
+    sent = sum(map(len, rows.values())) if rows is not None else flow.plan.rows_per_shard * len(shards)
+    open_shards = num_open_shards(flow.window, max(1, sent // len(shards)))
     dataset = read_plan(flow.plan, flow.user_schema, shards=shards, rows=rows)
     dataset = dataset.map_batches(
-        template_shard, fn_args=(flow.template,), batch_size=None, batch_format="pyarrow", zero_copy_batch=True
+        template_shard,
+        fn_args=(flow.template,),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        **TASK_OPTIONS,
     )
     dataset = dataset.map_batches(
         GenerateStage,
@@ -68,8 +81,15 @@ def run_flow(
             size=1, max_concurrent_calls_per_actor=open_shards, max_tasks_in_flight_per_actor=open_shards + 2
         ),
     )
-    sink = PartSink(flow.store, plan_ref, monitor, fingerprint=flow.fingerprint, retried_statuses=retried_statuses)
-    dataset.write_datasink(sink)
+    sink = PartSink(
+        flow.store,
+        plan_ref,
+        monitor,
+        fingerprint=flow.fingerprint,
+        epoch=flow.epoch,
+        retried_statuses=retried_statuses,
+    )
+    dataset.write_datasink(sink, ray_remote_args=TASK_OPTIONS)
 
 
 def num_open_shards(window: int, rows_per_shard: int) -> int:
@@ -86,9 +106,7 @@ def configure_ray_data() -> None:
     context.target_max_block_size = None  # a task's output is one block: never split, never merged
     context.target_min_block_size = 0
     context.execution_options.preserve_order = False  # order would hold commits back behind stragglers
-    context.execution_no_progress_timeout_s = (
-        -1
-    )  # waiting for GPUs or for a slow shard isn't a failure; the fleet watches
+    context.execution_no_progress_timeout_s = -1  # waiting for GPUs isn't a failure; the fleet watches
     context.max_errored_blocks = 0  # rows fail in columns; an error here is ours and must be seen
     context.issue_detectors_config.detectors = []
     context.enable_progress_bars = False

@@ -45,6 +45,8 @@ class GenerateStage:
     """One instance per run serves all shards, so that one dispatch board sees all rows."""
 
     def __init__(self, fleet: Any, monitor: Any, settings: GenerateSettings) -> None:
+        if _is_second_life():
+            raise InfrastructureError("the dispatch process died; what is committed is safe: rerun the same command")
         self._settings = settings
         self._builder = ResultBuilder(settings.schema, settings.routing, settings.moe)
         self._figures = Figures()
@@ -88,7 +90,6 @@ class GenerateStage:
         self._figures.rows_done += 1
         self._figures.input_tokens += len(request.prompt_token_ids)
         self._figures.rows_failed += outcome.result.failure is not None
-        self._figures.attempts_failed += outcome.attempts - (outcome.result.failure is None)
         self._figures.generated_tokens += sum(sample.num_generated_tokens for sample in outcome.result.samples)
 
     async def _post(self) -> None:
@@ -103,6 +104,13 @@ class GenerateStage:
             elif order == "abandon":
                 self._dispatcher.abandon()
             await asyncio.sleep(POST_INTERVAL_S)
+
+
+def _is_second_life() -> bool:
+    """Whether Ray restarted this actor. It would replay all open shards, and for ever if they are what killed it."""
+    import ray
+
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def shard_requests(prompts: pa.Table, settings: GenerateSettings) -> list[Request | None]:

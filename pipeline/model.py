@@ -63,8 +63,10 @@ def cache_directory() -> Path:
     return Path(os.environ.get("TRAMONTANE_CACHE") or Path.home() / ".cache" / "tramontane") / "models"
 
 
-def fetch_model(settings: ModelSettings) -> ModelFiles:
+def fetch_model(settings: ModelSettings, *, weights: bool = True) -> ModelFiles:
     """Return the model's files on this machine, making or downloading what isn't there yet.
+
+    Without `weights` only config and tokenizer are downloaded, a few MB; the digest is the same.
 
     Raises:
         SpecError: the source doesn't exist, has no config or no safetensors, or needs remote code.
@@ -76,15 +78,18 @@ def fetch_model(settings: ModelSettings) -> ModelFiles:
         return inspect_model(source, ensure_tiny_mixtral(cache_directory()), None)
     scheme, _ = split_url(source)
     if scheme != "file":
-        return inspect_model(source, _download(source), None)
+        path = _download(source, weights=weights)
+        return inspect_model(source, path, None, version=path.name, weights=weights)
     local = Path(split_url(source)[1]).expanduser()
     if local.is_dir():
-        return inspect_model(source, local.resolve(), None)
-    return _from_hub(source, settings.revision)
+        return inspect_model(source, local.resolve(), None, version=_weights_version(local))
+    return _from_hub(source, settings.revision, weights=weights)
 
 
-def inspect_model(source: str, path: Path, revision: str | None) -> ModelFiles:
-    """Read what a model directory says of itself.
+def inspect_model(
+    source: str, path: Path, revision: str | None, *, version: str = "", weights: bool = True
+) -> ModelFiles:
+    """Read what a model directory says of itself; `version` stands for the content of its weights.
 
     Raises:
         SpecError: not a model directory, pickled weights only, or code of its own.
@@ -100,7 +105,7 @@ def inspect_model(source: str, path: Path, revision: str | None) -> ModelFiles:
             f"model.source {source!r} wants to run code of its own (auto_map in config.json), which is never done; "
             "use a model that transformers and vLLM implement themselves"
         )
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         raise SpecError(
             f"model.source {source!r}: no *.safetensors in {path}; convert the weights, pickled ones are refused"
         )
@@ -110,7 +115,7 @@ def inspect_model(source: str, path: Path, revision: str | None) -> ModelFiles:
         revision=revision,
         architecture=(config.get("architectures") or ["unknown"])[0],
         moe=moe_shape(config),
-        digest=_digest(path),
+        digest=_digest(path, version),
     )
 
 
@@ -170,18 +175,22 @@ def _first(config: dict[str, Any], *names: str) -> int | None:
     return None
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def _digest(path: Path, version: str) -> str:
+    digest = hashlib.sha256(f"{version}\n".encode())
     for file in sorted(path.iterdir()):
-        if file.suffix == ".safetensors":
-            digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
-        elif file.suffix in (".json", ".jinja", ".model"):
+        if file.suffix in (".json", ".jinja", ".model", ".txt") or file.name.startswith("tokenizer"):
             digest.update(f"{file.name}\n".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _download(url: str) -> Path:
+def _weights_version(path: Path) -> str:
+    """Names, sizes and modification times: checkpoints of one model all have the same size."""
+    files = [(file.name, file.stat()) for file in sorted(path.glob("*.safetensors"))]
+    return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+
+
+def _download(url: str, *, weights: bool) -> Path:
     """Mirror the wanted files of an object-store directory into the cache, once per content listing."""
     import fnmatch
 
@@ -202,6 +211,8 @@ def _download(url: str) -> Path:
     target = cache_directory() / f"url-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     target.mkdir(parents=True, exist_ok=True)
     for name, entry in wanted.items():
+        if name.endswith(".safetensors") and not weights:
+            continue
         file = target / name
         if not file.exists() or file.stat().st_size != entry["size"]:
             temporary = target / f".{name}.{os.getpid()}.tmp"
@@ -210,22 +221,31 @@ def _download(url: str) -> Path:
     return target
 
 
-def _from_hub(source: str, revision: str | None) -> ModelFiles:
+def _from_hub(source: str, revision: str | None, *, weights: bool) -> ModelFiles:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise SpecError(
             f"model.source {source!r} is no directory on this machine; give `tiny`, a directory, an s3:// (gs://, "
             "abfs://) URL or a Hugging Face id such as mistralai/Mixtral-8x7B-Instruct-v0.1"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        path = Path(snapshot_download(source, revision=revision, allow_patterns=list(WANTED_FILES)))
+        patterns = [pattern for pattern in WANTED_FILES if weights or pattern != "*.safetensors"]
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         raise InfrastructureError(
             f"model.source {source!r} is neither a local directory nor cached, and the Hugging Face hub can't be "
             f"reached ({type(error).__name__}); check the name, or copy the model to a directory and give its path"
         ) from error
-    except (RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
         raise SpecError(f"model.source {source!r}: {error}") from error
-    return inspect_model(source, path, path.name)
+    except (HfHubHTTPError, OSError) as error:
+        raise InfrastructureError(f"model.source {source!r} could not be downloaded: {error}; try again") from error
+    return inspect_model(source, path, path.name, version=path.name, weights=weights)

@@ -5,7 +5,7 @@ A Ray actor, so that neither side waits for the other. Keeps sums and shard numb
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 Order = Literal["run", "drain", "abandon", "stop"]
@@ -22,7 +22,6 @@ class Figures:
     replicas_up: int = 0
     input_tokens: int = 0
     generated_tokens: int = 0
-    attempts_failed: int = 0
     shards_open: int = 0
     """Being generated now."""
     shards_done: int = 0
@@ -30,10 +29,6 @@ class Figures:
     shards_committed: int = 0
     draining: bool = False
     """Dispatch has heard the order, so no shard is begun any more."""
-
-    def as_dict(self) -> dict[str, int]:
-        """Plain data, for `progress.json`."""
-        return asdict(self)
 
     @property
     def drained(self) -> bool:

@@ -69,12 +69,23 @@ def rows_per_shard(num_rows: int, replicas: int, row_bytes: int = 0) -> int:
     return max(1, min(rows, SHARD_BYTES // max(1, row_bytes)))
 
 
-def make_plan(files: Sequence[InputFile], *, replicas: int, limit: int | None = None) -> Plan:
-    """Cut the files into shards sized for so many replicas."""
+def make_plan(
+    files: Sequence[InputFile], *, replicas: int, limit: int | None = None, samples: int = 1, result_bytes: int = 0
+) -> Plan:
+    """Cut the files into shards sized for so many replicas.
+
+    Args:
+        files: from `list_inputs`.
+        replicas: engines that will share the shards.
+        limit: only so many rows, in file order.
+        samples: output rows per input row; each repeats the user's columns.
+        result_bytes: most that one output row adds to those.
+    """
     available = sum(file.num_rows for file in files)
     num_rows = available if limit is None else min(limit, available)
     # The file with the biggest rows decides: one size for all keeps a part's name a pure function of its shard.
     row_bytes = max((file.decoded_bytes // file.num_rows for file in files if file.num_rows), default=0)
+    row_bytes = samples * (row_bytes + result_bytes)
     return Plan(tuple(files), rows_per_shard(num_rows, replicas, row_bytes), limit)
 
 

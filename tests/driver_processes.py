@@ -23,12 +23,14 @@ DEADLINE_S = 90.0
 """A driver's whole life takes 10 s on an idle machine."""
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, deadline_s: float = DEADLINE_S) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, *, deadline_s: float = DEADLINE_S, interval_s: float = 0.02
+) -> None:
     """Return as soon as the condition holds; fail the test after the deadline."""
     end = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {deadline_s:g} s"
-        time.sleep(0.02)
+        time.sleep(interval_s)
 
 
 class Driver:

@@ -53,7 +53,7 @@ def check_scale(report: dict[str, Any], rows: int, *, driver_mib: float, dispatc
 @pytest.mark.timeout(150)
 def test_40_000_rows_leave_memory_flat(tmp_path: Path) -> None:
     report = run_rows(40_000, tmp_path, timeout_s=140)
-    check_scale(report, 40_000, driver_mib=30, dispatcher_mib=60)
+    check_scale(report, 40_000, driver_mib=30, dispatcher_mib=30)
     check_whole(tmp_path / "out", 40_000)
 
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.pools import pool_plans
 from jobs.run import RunOptions, run_job
 from pipeline.errors import RunError
-from pipeline.model import ModelFiles
 from tests.whole_runs import make_job, write_prompts
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs.prepare import PreparedJob
+from jobs.status import read_status, status_lines
 from pipeline.dispatcher import WINDOW_FACTOR
 from pipeline.flow import num_open_shards
 from tests.driver_processes import Driver, DriverLauncher, wait_until
@@ -53,7 +54,15 @@ class KilledRun:
         driver = self.launcher.start(self.spec)
         moment(driver)
         assert not driver.ended, f"it should still be at work, but said:\n{driver.said}"
+        pid = driver.pid
         driver.kill()  # the next driver starts at once: it has to cope with what is left of this one's Ray
+        self.check_status(pid)
+
+    def check_status(self, pid: int) -> None:
+        """From files alone, and only if the run had got far enough to be seen."""
+        if (self.output / "_run" / "progress.json").exists():
+            last = status_lines(read_status(str(self.output)))[-1]
+            assert f"pid {pid} ended without a word (killed?)" in last or "changed hands" in last
 
     def open_rows(self) -> int:
         """Rows of the shards that are open at one moment: what one kill may cost."""

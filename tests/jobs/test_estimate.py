@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ def texts(count: int, seed: int = 5) -> list[str]:
 def test_exact_counts_are_what_the_run_then_reports(tmp_path: Path) -> None:
     rows: list[str | None] = [*texts(150), None, "word " * 600]
     columns = {"text": rows, "own": [*[None] * 100, '{"n": 2, "max_tokens": 3}', *[None] * 51]}
-    sections = {"sampling": {"column": "own", "temperature": 1.0}, "limits": {"max_failed_fraction": 1}}
+    sections: dict[str, Any] = {"sampling": {"column": "own", "temperature": 1.0}, "limits": {"max_failed_fraction": 1}}
     job = make_job(write_prompts(tmp_path / "in.parquet", 152, **columns), tmp_path / "out", **sections)
     planned = estimate(job, sample_rows=2000)
     summary = run_scripted(job)

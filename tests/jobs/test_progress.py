@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import progress
 from jobs.progress import PROGRESS, Progress, ProgressDisplay, ProgressTracker, duration
 from pipeline.monitor import Figures
 from pipeline.storage import Store
@@ -21,7 +22,7 @@ def tracker(*, total: int = 1000, before: int = 0, failed: int = 0) -> ProgressT
     return ProgressTracker(run_id="r", rows_total=total, rows_before=before, failed_before=failed, replicas_wanted=2)
 
 
-def figures(rows: int, **others: int) -> Figures:
+def figures(rows: int, **others: Any) -> Figures:
     return Figures(rows_done=rows, rows_in_flight=others.pop("rows_in_flight", 1), **others)
 
 
@@ -78,8 +79,8 @@ def test_no_line_ever_claims_more_than_there_is(total: int, before: int, steps: 
         assert (int(shown[1]) == 100) == (now.rows_done == total)
 
 
-def look(**changes: object) -> Progress:
-    return Progress(**{**asdict(tracker().look(figures(1), "running", now=0.0)), **changes})  # type: ignore[arg-type]
+def look(**changes: Any) -> Progress:
+    return Progress(**{**asdict(tracker().look(figures(1), "running", now=0.0)), **changes})
 
 
 def test_the_line_says_rows_tokens_replicas_failures_and_time_left() -> None:
@@ -95,7 +96,7 @@ def test_elsewhere_than_on_a_terminal_there_is_one_line_per_interval(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with ProgressDisplay(None) as display, ProgressDisplay(None, quiet=True) as quiet:
         for second in range(100):
             clock[0] = float(second)
