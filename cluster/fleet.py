@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,7 @@ class Fleet:
         self._members: dict[str, Member] = {}
         self._starting: dict[str, Any] = {}
         self._num_named = 0
+        self._first_ready_at: float | None = None
         self._version = 0
         self._last_refusal: str | None = None
         self._verdict_exit_code = 3
@@ -96,6 +98,7 @@ class Fleet:
         return {
             "replicas_up": len(self._members),
             "replicas_wanted": sum(pool.num_replicas for pool in self._pools),
+            "first_ready_at": self._first_ready_at,
             "num_losses": self._num_losses,
             "losses": list(self._losses),
             "verdict": self.verdict,
@@ -131,6 +134,7 @@ class Fleet:
         del self._starting[name]
         self._failed_starts[pool.name] = 0
         self._members[name] = Member(name, handle, info)
+        self._first_ready_at = self._first_ready_at or time.time()
         self._announce()
 
     def _start_failed(self, pool: PoolPlan, name: str, error: Exception) -> None:

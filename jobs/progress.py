@@ -138,6 +138,13 @@ class ProgressDisplay:
         if self._live is not None:
             self._live.stop()
 
+    def say(self, line: str) -> None:
+        """Print a line above whatever is live."""
+        if self._live is not None:
+            self._live.console.print(line, markup=False, highlight=False)
+        elif not self._quiet:
+            print(line, file=sys.stderr, flush=True)  # noqa: T201  the program's own output
+
     def show(self, progress: Progress, *, final: bool = False) -> None:
         """Update whatever is due."""
         now = time.monotonic()

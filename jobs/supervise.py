@@ -68,7 +68,8 @@ class Supervisor:
         self._lease_lost: InfrastructureError | None = None
         self._error: BaseException | None = None
         self._figures = Figures()
-        self._first_row_at: float | None = None
+        self._ready_at: float | None = None
+        """When the fleet's first replica could take work; seconds since the epoch, as the fleet is another process."""
 
     @property
     def goes_on(self) -> bool:
@@ -81,7 +82,7 @@ class Supervisor:
         Raises:
             RunError: the flow failed.
         """
-        began = time.monotonic()
+        began = time.time()
         thread = threading.Thread(target=self._guard, args=(flows,), name="flow", daemon=True)
         with self._interrupts.watched():
             thread.start()
@@ -89,10 +90,11 @@ class Supervisor:
                 thread.join(LOOK_INTERVAL_S)
                 self._look(thread)
             self._show("ended")
+        ended = time.time()
         self._note_fleet()
-        generate_began = self._first_row_at or began
-        self._execution.timings["start_s"] = generate_began - began
-        self._execution.timings["generate_s"] = time.monotonic() - generate_began
+        generating_since = max(began, self._ready_at or ended)
+        self._execution.timings["start_s"] = generating_since - began
+        self._execution.timings["generate_s"] = ended - generating_since
         if self._lease_lost is not None:
             raise self._lease_lost
         if self._reason is not None:
@@ -119,10 +121,10 @@ class Supervisor:
 
         with contextlib.suppress(ray.exceptions.RayError):
             self._figures = ray.get(self._monitor.read.remote(), timeout=5)
-        if self._first_row_at is None and self._figures.replicas_up:
-            self._first_row_at = time.monotonic()
         if self._reason is None and self._interrupts.count:
             self._reason = ("interrupted", 130)
+            limit = self._job.spec.limits.drain_timeout_s
+            self._display.say(f"interrupted: finishing what is begun, up to {limit:g} s; once more drops it")
         failed = self._figures.rows_failed + self._failed_before
         if self._reason is None and self._job.too_many_failed(failed):
             self._reason = ("too_many_failures", 1)
@@ -171,6 +173,7 @@ class Supervisor:
         execution.versions = {"ray": ray.__version__}
         with contextlib.suppress(ray.exceptions.RayError):
             status = ray.get(self._fleet.status.remote(), timeout=10)
+            self._ready_at = status["first_ready_at"]
             execution.replica_losses = status["losses"]
             execution.versions |= status["versions"]
             if status["verdict"] is not None and status["verdict"] in str(self._error):

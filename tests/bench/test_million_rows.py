@@ -1,6 +1,7 @@
 """Scale: whatever the number of rows, memory of driver and dispatcher stays where it was after the first tenth.
 
-Throughput is printed, and bounded loosely: on two idle cores it was 4,400 rows per second (100,000 rows, one replica).
+Throughput is printed, and bounded loosely. A million rows through one replica on two shared cores: 6,080 rows/s, driver
+6.5 MiB and dispatcher 4.8 MiB above where they were after the first tenth (`pytest -s -m long tests/bench`).
 """
 
 from __future__ import annotations
@@ -61,4 +62,4 @@ def test_40_000_rows_leave_memory_flat(tmp_path: Path) -> None:
 @pytest.mark.timeout(2400)
 def test_a_million_rows_leave_memory_flat(tmp_path: Path) -> None:
     report = run_rows(1_000_000, tmp_path, timeout_s=2300)
-    check_scale(report, 1_000_000, driver_mib=300, dispatcher_mib=150)
+    check_scale(report, 1_000_000, driver_mib=300, dispatcher_mib=50)
