@@ -224,5 +224,7 @@ def test_every_path_and_link_exists() -> None:
 
 def test_it_starts_with_what_it_is_and_a_command_that_works() -> None:
     assert "$ make demo" in README.splitlines()[:50]
-    planned = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    planned = subprocess.run(
+        ["make", "--no-print-directory", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert planned.stdout.splitlines()[-1] == ".venv/bin/tramontane demo"
