@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ import pytest
 
 from cluster.fleet import PoolPlan
 from jobs.run import RunOptions, run_job
-from jobs.status import read_status
 from pipeline.errors import InfrastructureError, SpecError
 from pipeline.lease import acquire_lease
 from pipeline.storage import Store
-from tests.driver_processes import Driver, DriverLauncher, wait_until
+from tests.driver_processes import wait_until
 from tests.part_watcher import part_names
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import (
@@ -32,7 +29,6 @@ from tests.whole_runs import (
     read_output,
     results,
     run_scripted,
-    spec_text,
     write_prompts,
 )
 
@@ -231,11 +227,8 @@ def test_kinds_with_a_status_that_has_none_are_refused(failed_run: FailedRun) ->
         run_scripted(failed_run.job, only_failed=True, statuses=("failed", "truncated"), kinds=("request_error",))
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-def test_retry_of_truncated_rows_takes_all_their_samples_and_keeps_statistics_right(
-    tmp_path: Path, samples: int
-) -> None:
-    sampling = {"sampling": {"temperature": 1.0, "n": samples, "max_tokens": 5}}
+def test_retry_of_truncated_rows_takes_all_their_samples_and_keeps_statistics_right(tmp_path: Path) -> None:
+    sampling = {"sampling": {"temperature": 1.0, "n": 2, "max_tokens": 6}}
     job = make_job(write_prompts(tmp_path / "in.parquet", 130), tmp_path / "out", **sampling)
     run_scripted(job)
     table = read_output(tmp_path / "out")
@@ -318,82 +311,3 @@ def test_run_that_loses_its_output_stops_and_says_to_whom(tmp_path: Path) -> Non
     assert len(part_names(tmp_path / "out")) < job.plan.num_shards
     last = json.loads(max((tmp_path / "out" / "_run" / "events").iterdir()).read_text())
     assert (last["kind"], last["status"], last["exit_code"]) == ("ended", "failed", 3)
-
-
-class Interrupted:
-    """A slow run in a process of its own, to be interrupted."""
-
-    def __init__(self, folder: Path, **config: Any) -> None:
-        self.rows = write_prompts(folder / "in.parquet", 3000)
-        self.output = folder / "out"
-        self.spec = folder / "job.yaml"
-        self.spec.write_text(spec_text(self.rows, self.output))
-        self.launcher = DriverLauncher(folder, {"max_num_seqs": 16, "step_delay_s": 0.05, **config})
-
-    def at_work(self) -> Driver:
-        driver = self.launcher.start(self.spec)
-        progress = self.output / "_run" / "progress.json"
-        wait_until(lambda: driver.ended or (progress.exists() and in_flight(progress) > 0), "rows in flight")
-        return driver
-
-
-def in_flight(progress: Path) -> int:
-    return int(json.loads(progress.read_text())["rows_in_flight"])
-
-
-@pytest.fixture
-def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Interrupted]:
-    run = Interrupted(tmp_path, **getattr(request, "param", {}))
-    yield run
-    run.launcher.close()
-
-
-@pytest.mark.parametrize(
-    ("number", "to_group"),
-    [
-        (signal.SIGINT, True),
-        (signal.SIGTERM, True),
-        pytest.param(signal.SIGINT, False, marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, False, marks=pytest.mark.long),
-    ],
-)
-def test_interrupted_run_commits_what_is_in_flight_says_how_to_go_on_and_does(
-    interrupted: Interrupted, number: int, to_group: bool
-) -> None:
-    driver = interrupted.at_work()
-    (driver.signal_group if to_group else driver.signal_alone)(number)
-    assert driver.wait() == 130
-    assert "interrupted" in driver.said
-    assert f"next: tramontane run {interrupted.spec}   (continues where this one stopped)" in driver.said
-    assert "Traceback" not in driver.said
-    committed = len(part_names(interrupted.output))
-    assert 0 < committed < 47
-    report = read_status(str(interrupted.output))
-    assert (report["progress"]["state"], report["summary"]["status"]) == ("ended", "interrupted")
-    assert report["summary"]["counts"]["committed_rows"] == committed * 64
-    summary = run_scripted(make_job(interrupted.rows, interrupted.output))
-    assert summary["status"] == "done"
-    check_whole(interrupted.output, 3000)
-
-
-@pytest.mark.parametrize("interrupted", [{"step_delay_s": 30.0}], indirect=True)
-def test_second_interrupt_ends_at_once(interrupted: Interrupted) -> None:
-    driver = interrupted.at_work()
-    driver.signal_group(signal.SIGINT)
-    progress = interrupted.output / "_run" / "progress.json"
-    wait_until(lambda: json.loads(progress.read_text())["state"] == "draining", "the first is heard")
-    driver.signal_group(signal.SIGINT)
-    wait_until(lambda: driver.ended, "it ends long before its engine's next step", deadline_s=15)
-    assert driver.wait() == 130
-    assert part_names(interrupted.output) == []
-
-
-@pytest.mark.parametrize("interrupted", [{"start_delay_s": 600.0}], indirect=True)
-def test_interrupt_while_engines_still_load_ends_the_run_soon(interrupted: Interrupted) -> None:
-    driver = interrupted.launcher.start(interrupted.spec)
-    progress = interrupted.output / "_run" / "progress.json"
-    wait_until(lambda: driver.ended or progress.exists(), "the run is being watched")
-    assert json.loads(progress.read_text())["state"] == "starting"
-    driver.signal_group(signal.SIGINT)
-    assert driver.wait() == 130
-    assert part_names(interrupted.output) == []

@@ -37,6 +37,7 @@ def watched_processes(title: str) -> Iterator[set[psutil.Process]]:
         thread.join()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.skipif((psutil.cpu_count() or 1) < 2, reason="each of two workers is bound to a core of its own")
 def test_two_way_tensor_parallel_runs_whole_and_leaves_no_process_behind(

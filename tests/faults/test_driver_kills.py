@@ -103,9 +103,9 @@ def check_against_undisturbed(run: KilledRun, folder: Path) -> None:
 def test_killed_driver_resumes_without_lost_or_duplicate_rows(
     local_ray: None, tmp_path: Path, killed_run: Callable[[int, float], KilledRun]
 ) -> None:
-    run = killed_run(3000, 0.03)
+    run = killed_run(2000, 0.03)
     with run.watcher() as watcher:
-        for count in (6, 12):
+        for count in (4, 8):
             run.kill_at(after_parts(run.output, count))
         run.launcher.run(run.spec)
     assert watcher.problems == []

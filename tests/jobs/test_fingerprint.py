@@ -33,6 +33,7 @@ NEUTRAL = [
     "limits.drain_timeout_s=1",
     "fleet.pools[0].gpu=H100-80GB",
     "fleet.pools[0].replicas=7",
+    "fleet.pools[0].engine_args={max_num_seqs: 8}",
     "fleet.pools[0].tensor_parallel=2",
     "fleet.pools=[{gpu: A100-80GB}, {gpu: H100-80GB, engine_args: {max_num_seqs: 9}}]",
     "model.engine_args={max_num_seqs: 8}",

@@ -14,16 +14,6 @@ from pipeline.shards import Plan
 from pipeline.user_schema import user_schema
 
 
-@pytest.fixture(scope="module")
-def local_ray():
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
 def plan(tmp_path):
     pq.write_table(pa.table({"x": range(230), "t": ["text"] * 230}), tmp_path / "a.parquet", row_group_size=100)
