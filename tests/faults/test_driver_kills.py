@@ -39,6 +39,8 @@ class KilledRun:
         self.job: PreparedJob = make_job(self.rows, self.output, **SAMPLED)
         self.journal = folder / "journal"
         self.journal.mkdir()
+        self.pids_seen_dead: set[int] = set()
+        """Of killed drivers that had become the output's owner."""
         engines = {"max_num_seqs": NUM_SEQS, "step_delay_s": step_delay_s, "journal": str(self.journal)}
         self.launcher = DriverLauncher(folder, engines)
 
@@ -54,15 +56,19 @@ class KilledRun:
         driver = self.launcher.start(self.spec)
         moment(driver)
         assert not driver.ended, f"it should still be at work, but said:\n{driver.said}"
-        pid = driver.pid
         driver.kill()  # the next driver starts at once: it has to cope with what is left of this one's Ray
-        self.check_status(pid)
+        self.check_status(driver.pid)
 
     def check_status(self, pid: int) -> None:
-        """From files alone, and only if the run had got far enough to be seen."""
-        if (self.output / "_run" / "progress.json").exists():
-            last = status_lines(read_status(str(self.output)))[-1]
-            assert f"pid {pid} ended without a word (killed?)" in last or "changed hands" in last
+        """From files alone: a run that had begun work is known to be dead; one killed earlier changed nothing."""
+        if not (self.output / "_run" / "progress.json").exists():
+            return
+        report = read_status(str(self.output))
+        last = status_lines(report)[-1]
+        assert "ended without a word" in last
+        if report["progress"]["run_id"] == report["owner"]["run_id"]:
+            assert f"pid {report['owner']['pid']} ended without a word (killed?)" in last
+        self.pids_seen_dead |= {report["owner"]["pid"]} & {pid}
 
     def open_rows(self) -> int:
         """Rows of the shards that are open at one moment: what one kill may cost."""
@@ -110,6 +116,7 @@ def test_killed_driver_resumes_without_lost_or_duplicate_rows(
         run.launcher.run(run.spec)
     assert watcher.problems == []
     assert watcher.num_reads >= run.job.plan.num_shards
+    assert run.pids_seen_dead
     assert 0 <= run.num_started() - run.num_rows <= 2 * run.open_rows()
     check_against_undisturbed(run, tmp_path)
 
