@@ -179,7 +179,8 @@ def execute_work(
     flow = make_flow(job, store, seed, window=window, epoch=epoch)
     with local_ray(), ProgressDisplay(store, quiet=quiet) as display:
         interrupts.install()
-        require_gpus(pools)
+        if engines.fleet is None:
+            require_gpus(pools)
         monitor = start_monitor()
         fleet = engines.fleet or start_fleet(
             pools,
