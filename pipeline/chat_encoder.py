@@ -8,33 +8,30 @@ Guarantees:
 - text is changed only where a repair says so.
 
 Not promised: that a model can't be talked into anything. Mixtral 8x7B's `[INST]` markers are ordinary text to its
-tokenizer; breaking them up in a row's text (`marker_text: escape`) is mitigation.
+tokenizer, and to those of its fine-tunes; breaking them up in a row's text (`marker_text: escape`) is mitigation.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any, Literal, Protocol
 
+from pipeline.chat_template import ChatTemplate
 from pipeline.control_text import ControlText, control_text, longest_token_chars
 from pipeline.errors import RowError, SpecError
-from pipeline.prompts import Message
+from pipeline.mixtral_v1 import is_mixtral_v1
+from pipeline.prompts import Message, encodable
 
 STAGE = "template"
 MARKER_ESCAPED = "marker_escaped"
 CONTROL_TEXT_NEUTRALISED = "control_text_neutralised"
 MARKERS = ("[INST]", "[/INST]")
 
-# Mixtral 8x7B's SentencePiece file, the same that mistral_common ships as its v1.
-_V1_TOKENIZER_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
-_V1_VOCAB_SIZE = 32000
-
 MarkerText = Literal["escape", "reject", "allow"]
+_QUESTION = Message("user", "a")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +55,53 @@ class ChatEncoder(Protocol):
         """No token stands for more characters of text than this; None when the tokenizer gives no such bound."""
         ...
 
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends an assistant's answer; None when the tokenizer declares none."""
+        ...
+
     def encode(self, messages: Sequence[Message]) -> EncodedChat:
         """Return the ids of the chat, ready for the assistant's answer.
 
         Raises:
-            RowError: kinds `marker_text`, `control_text` and `bad_messages`.
+            RowError: kinds `marker_text`, `control_text`, `bad_messages`, and of a template that passes its limits.
+        """
+        ...
+
+    def encode_text(self, text: str) -> EncodedChat:
+        """Return the ids of a text that the model is to continue as it is: BOS if it has one, and no template.
+
+        Raises:
+            RowError: kind `bad_messages` when it can't be encoded.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the prompt as the model sees it, control tokens spelled out. For people, not for encoding again."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Markers:
+    """Strings by which a format tells turns apart although its tokenizer takes them for ordinary text."""
+
+    strings: tuple[str, ...]
+    policy: MarkerText
+
+    def kept_out_of(self, text: str) -> str:
+        """Return the text without markers, as far as the policy wants that.
+
+        Raises:
+            RowError: kind `marker_text`, when the policy is to reject.
+        """
+        found = [marker for marker in self.strings if marker in text] if self.policy != "allow" else []
+        if found and self.policy == "reject":
+            message = f"the text contains `{found[0]}`, which this model can't tell from the template's own; remove it"
+            raise RowError("marker_text", f"{message}, or set prompt.marker_text to escape", STAGE)
+        for marker in found:
+            # A zero-width space inside: readable as before, but other ids, since no piece spans it.
+            text = text.replace(marker, "[\u200b" + marker[1:])
+        return text
 
 
 class MixtralV1Encoder:
@@ -83,8 +116,9 @@ class MixtralV1Encoder:
     def __init__(self, marker_text: MarkerText = "escape") -> None:
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-        self._marker_text = marker_text
+        self._markers = _Markers(MARKERS, marker_text)
         self._tokenizer = MistralTokenizer.v1().instruct_tokenizer.tokenizer
+        self.end_id: int | None = self._tokenizer.eos_id
         self.max_chars_per_token: int | None = max(
             len(self._tokenizer.id_to_piece(index)) for index in range(self._tokenizer.n_words)
         )
@@ -94,7 +128,7 @@ class MixtralV1Encoder:
         ids = [self._tokenizer.bos_id]
         repairs: tuple[str, ...] = ()
         for message in messages:
-            text = self._without_markers(message.content)
+            text = self._markers.kept_out_of(message.content)
             if text != message.content:
                 repairs = (MARKER_ESCAPED,)
             if message.role == "user":
@@ -102,6 +136,10 @@ class MixtralV1Encoder:
             else:
                 ids += self._tokenizer.encode(text, bos=False, eos=True)
         return EncodedChat(ids, repairs)
+
+    def encode_text(self, text: str) -> EncodedChat:
+        """See ChatEncoder."""
+        return EncodedChat(self._tokenizer.encode(encodable(text, "the prompt"), bos=True, eos=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ChatEncoder."""
@@ -116,45 +154,53 @@ class MixtralV1Encoder:
                 run.append(token)
         return "".join([*parts, self._tokenizer.decode(run)])
 
-    def _without_markers(self, text: str) -> str:
-        found = [marker for marker in MARKERS if marker in text] if self._marker_text != "allow" else []
-        if found and self._marker_text == "reject":
-            message = f"the text contains `{found[0]}`, which this model can't tell from the template's own; remove it"
-            raise RowError("marker_text", f"{message}, or set prompt.marker_text to escape", STAGE)
-        for marker in found:
-            # A zero-width space inside: readable as before, but other ids, since no piece spans it.
-            text = text.replace(marker, "[\u200b" + marker[1:])
-        return text
-
 
 class ModelTemplateEncoder:
-    """A model's own chat template, by its Hugging Face tokenizer; code of the model is never run.
+    """A model's own chat template and Hugging Face tokenizer; the template runs in a limited process, other code never.
 
     Templates render to one string, so a control token spelled in a row's text would become the real id: such text gets
-    a zero-width space, and the control ids are counted against the same chat with harmless text.
+    a zero-width space, and the control ids are counted against the same chat with harmless text. `[INST]` and `[/INST]`
+    are dealt with as `marker_text` says where the template writes them and they are no control tokens.
     """
 
-    def __init__(self, model_dir: str | os.PathLike[str]) -> None:
+    def __init__(self, model_dir: str | os.PathLike[str], marker_text: MarkerText = "escape") -> None:
         """Load the tokenizer of a local directory.
 
         Raises:
-            SpecError: there is no loadable tokenizer or it has no chat template.
+            SpecError: there is no loadable tokenizer, or it has no chat template that takes a question within limits.
         """
         self._tokenizer = _load_tokenizer(model_dir)
+        self.end_id: int | None = self._tokenizer.eos_token_id
+        self._template = _chat_template(self._tokenizer, model_dir)
         self._control: ControlText = control_text(self._tokenizer)
         self._expected: dict[tuple[str, ...], Counter[int]] = {}
         self.max_chars_per_token: int | None = longest_token_chars(self._tokenizer)
-        self.folds_system = self._lacks_system(model_dir)
+        try:
+            shown = self._render([_QUESTION])
+            self.folds_system = self._lacks_system()
+        except RowError as error:
+            raise SpecError(f"{os.fspath(model_dir)}: {error.message}; use a model with a working template") from error
+        own = tuple(marker for marker in MARKERS if marker in shown and self._control.neutralise(marker) == marker)
+        self._markers = _Markers(own, marker_text)
 
     def encode(self, messages: Sequence[Message]) -> EncodedChat:
         """See ChatEncoder."""
-        safe = [Message(message.role, self._control.neutralise(message.content)) for message in messages]
-        changed = any(new.content != old.content for new, old in zip(safe, messages, strict=True))
-        ids = self._encode_text(self._render(safe))
+        texts = [message.content for message in messages]
+        unmarked = [self._markers.kept_out_of(text) for text in texts]
+        safe = [self._control.neutralise(text) for text in unmarked]
+        repairs = ((MARKER_ESCAPED, unmarked != texts), (CONTROL_TEXT_NEUTRALISED, safe != unmarked))
+        chat = [Message(message.role, text) for message, text in zip(messages, safe, strict=True)]
+        ids = self._encode_text(self._render(chat))
         if self._control.count(ids) != self._expected_control(tuple(message.role for message in messages)):
-            message = "the text changes the control tokens of the chat even with its own ones neutralised; remove them"
-            raise RowError("control_text", message, STAGE)
-        return EncodedChat(ids, (CONTROL_TEXT_NEUTRALISED,) if changed else ())
+            reason = "the text changes the control tokens of the chat even with its own ones neutralised; remove them"
+            raise RowError("control_text", reason, STAGE)
+        return EncodedChat(ids, tuple(repair for repair, was_needed in repairs if was_needed))
+
+    def encode_text(self, text: str) -> EncodedChat:
+        """See ChatEncoder."""
+        safe = self._control.neutralise(encodable(text, "the prompt"))
+        repairs = (CONTROL_TEXT_NEUTRALISED,) if safe != text else ()
+        return EncodedChat(list(self._tokenizer.encode(safe, add_special_tokens=True)), repairs)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ChatEncoder."""
@@ -173,78 +219,32 @@ class ModelTemplateEncoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _render(self, messages: Sequence[Message]) -> str:
-        chat = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return str(self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            return self._template.render(messages)
+        except RowError as error:
+            if error.kind != "template_error":  # out of time or memory
+                raise
+            reason = error.message[:200]
             raise RowError("bad_messages", f"the model's chat template refused the chat: {reason}", STAGE) from error
 
-    def _lacks_system(self, model_dir: str | os.PathLike[str]) -> bool:
-        question = Message("user", "a")
+    def _lacks_system(self) -> bool:
         try:
-            self._render([question])
+            return "tramontane-probe" not in self._render([Message("system", "tramontane-probe"), _QUESTION])
         except RowError as error:
-            raise SpecError(f"{os.fspath(model_dir)}: {error.message}; use a model with a working template") from error
-        try:
-            return "tramontane-probe" not in self._render([Message("system", "tramontane-probe"), question])
-        except RowError:
+            if error.kind != "bad_messages":
+                raise
             return True
 
 
 def choose_encoder(model_dir: str | os.PathLike[str], *, marker_text: MarkerText = "escape") -> ChatEncoder:
-    """Return Mixtral 8x7B's own encoder when the directory is such a model, else one for the model's template.
+    """Return Mixtral 8x7B's own encoder when the directory's model speaks its format, else one for its own template.
 
     Raises:
         SpecError: the directory has no config, or neither is possible.
     """
-    if _is_mixtral_v1(model_dir):
+    if is_mixtral_v1(model_dir):
         return MixtralV1Encoder(marker_text)
-    return ModelTemplateEncoder(model_dir)
-
-
-def _is_mixtral_v1(model_dir: str | os.PathLike[str]) -> bool:
-    config = _read_json(model_dir, "config.json")
-    if config is None:
-        raise SpecError(f"{os.fspath(model_dir)} has no readable config.json; give a model directory")
-    if config.get("model_type") != "mixtral" or config.get("vocab_size") != _V1_VOCAB_SIZE:
-        return False
-    template = _own_template(model_dir)
-    return (template is None or "[INST]" in template) and _has_v1_vocabulary(model_dir)
-
-
-def _has_v1_vocabulary(model_dir: str | os.PathLike[str]) -> bool:
-    """Whether the SentencePiece file is Mixtral's. Without one the size has to do."""
-    try:
-        with open(os.path.join(model_dir, "tokenizer.model"), "rb") as file:
-            return sha256(file.read()).hexdigest() == _V1_TOKENIZER_SHA256
-    except FileNotFoundError:
-        return True
-
-
-def _own_template(model_dir: str | os.PathLike[str]) -> str | None:
-    """The model's chat template, wherever its tokenizer files keep it; of several named ones, all of them."""
-    try:
-        with open(os.path.join(model_dir, "chat_template.jinja"), encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
-        pass
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template = (_read_json(model_dir, name) or {}).get("chat_template")
-        if template:
-            return template if isinstance(template, str) else json.dumps(template)
-    return None
-
-
-def _read_json(model_dir: str | os.PathLike[str], name: str) -> dict[str, Any] | None:
-    try:
-        with open(os.path.join(model_dir, name), encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise SpecError(f"{os.path.join(model_dir, name)} is not JSON: {error}; download the model again") from error
-    return content if isinstance(content, dict) else None
+    return ModelTemplateEncoder(model_dir, marker_text)
 
 
 def _load_tokenizer(model_dir: str | os.PathLike[str]) -> Any:
@@ -262,3 +262,11 @@ def _load_tokenizer(model_dir: str | os.PathLike[str]) -> Any:
             "or add a chat_template.jinja to its directory"
         )
     return tokenizer
+
+
+def _chat_template(tokenizer: Any, model_dir: str | os.PathLike[str]) -> ChatTemplate:
+    try:
+        text = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise SpecError(f"{os.fspath(model_dir)} has no default chat template: {str(error)[:300]}") from error
+    return ChatTemplate(text, tokenizer.special_tokens_map, dialect="transformers")

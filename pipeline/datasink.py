@@ -6,6 +6,7 @@ the part that is there. Invariant: running it twice for one shard leaves one par
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,10 +19,13 @@ from pipeline.counters import RunCounters
 from pipeline.errors import InfrastructureError
 from pipeline.generate import detach_counters
 from pipeline.lease import current_owner
-from pipeline.parts import commit_part, encode_part, read_footer, read_part
+from pipeline.parts import PartFooter, commit_part, encode_part, read_footer, read_part
 from pipeline.recount import kept_counters
 from pipeline.shards import Plan
 from pipeline.storage import Store
+
+OVERLAID_BY = "overlaid_by"
+"""Footer key of a part with rows that were done again: id of the sink that laid them over it."""
 
 
 class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
@@ -45,6 +49,8 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
         self._epoch = epoch
         self._retried_statuses = retried_statuses
         """None when whole shards are written; else only rows of these statuses were done again."""
+        self._id = uuid.uuid4().hex
+        """The same in every task of one flow, since it travels with the sink; another in every other flow."""
 
     def get_name(self) -> str:
         """Name of the operator in Ray's logs."""
@@ -59,13 +65,23 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
 
     def _commit(self, table: pa.Table) -> None:
         rows, shard, blob = detach_counters(table)
+        num_rows = RunCounters.from_json_bytes(blob).totals.num_rows
         name = _plan(self._plan_ref).shard(shard).part_name
         counters = RunCounters.from_json_bytes(blob)
-        if self._retried_statuses is not None:
-            rows, counters = overlay(self._store, name, rows, counters, self._retried_statuses)
+        extra = {"fingerprint": self._fingerprint}
+        if self._retried_statuses is None:
+            self._replace(name, rows, counters, extra)
+        else:
+            footer = read_footer(self._store, name)
+            # Ray runs a task again whose process died between its commit and its report.
+            if footer.extra.get(OVERLAID_BY) != self._id:
+                rows, counters = overlay(self._store, footer, rows, counters, self._retried_statuses)
+                self._replace(name, rows, counters, extra | {OVERLAID_BY: self._id})
+        self._monitor.note_commit.remote(shard, num_rows)
+
+    def _replace(self, part_name: str, rows: pa.Table, counters: RunCounters, extra: dict[str, str]) -> None:
         self._check_ownership()
-        commit_part(self._store, name, encode_part(rows, counters.to_json_bytes(), {"fingerprint": self._fingerprint}))
-        self._monitor.note_commit.remote(shard)
+        commit_part(self._store, part_name, encode_part(rows, counters.to_json_bytes(), extra))
 
     def _check_ownership(self) -> None:
         """Refuse to commit for a driver that was taken for dead: its parts may be older than those of its successor."""
@@ -79,18 +95,25 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
 
 
 def overlay(
-    store: Store, part_name: str, rows: pa.Table, counters: RunCounters, retried_statuses: Sequence[str]
+    store: Store, footer: PartFooter, rows: pa.Table, counters: RunCounters, retried_statuses: Sequence[str]
 ) -> tuple[pa.Table, RunCounters]:
-    """Put rows that were done again in the place of their old versions, in row and sample order."""
+    """Put rows that were done again in the place of their old versions, in row and sample order.
+
+    `footer` must have been read before: should another attempt at the same task commit in between, the rows to keep
+    are the same ones, and an old footer still fits them where a new one would not.
+
+    Raises:
+        InfrastructureError: the rows to keep contradict `footer`, as when their part is laid over already.
+    """
     import pyarrow.compute as pc
 
-    old = read_part(store, part_name)
-    footer = RunCounters.from_json_bytes(read_footer(store, part_name).counters)
+    old = read_part(store, footer.part_name)
     again = pc.is_in(old.column("input_row"), value_set=rows.column("input_row").combine_chunks())
     kept = old.filter(pc.invert(again))
     merged = pa.concat_tables([kept.cast(rows.schema), rows]).unify_dictionaries()
     merged = merged.sort_by([("input_row", "ascending"), ("sample_index", "ascending")])
-    return merged, kept_counters(footer, kept, retried_statuses=retried_statuses).merge(counters)
+    before = RunCounters.from_json_bytes(footer.counters)
+    return merged, kept_counters(before, kept, retried_statuses=retried_statuses).merge(counters)
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,27 +81,40 @@ class ShardSource(Datasource):  # type: ignore[misc]  # Ray is untyped for mypy
         num_rows = shard.num_rows if keep is None else len(self._rows[index])
         size = file.decoded_bytes * num_rows // max(1, file.num_rows)
         metadata = BlockMetadata(num_rows=num_rows, size_bytes=size, input_files=[shard.file], exec_stats=None)
-        read = functools.partial(_read_block, file.slim(shard.start), shard, self._schema, keep)
+        read = functools.partial(_read_block, file.slim(shard.start, shard.stop), shard, self._schema, keep)
         functools.update_wrapper(read, _read_block)  # Ray shows the function's name
         return ReadTask(read, metadata, per_task_row_limit=row_limit)
 
 
 def read_plan(
-    plan: Plan, schema: pa.Schema, *, shards: Sequence[int], rows: Mapping[int, Sequence[int]] | None = None
+    plan: Plan,
+    schema: pa.Schema,
+    *,
+    shards: Sequence[int],
+    rows: Mapping[int, Sequence[int]] | None = None,
+    task_options: Mapping[str, Any] | None = None,
+    num_readers: int | None = None,
 ) -> Dataset:
-    """Return a dataset with one block per shard; sets the current DataContext so that blocks stay whole."""
+    """Return a dataset with one block per shard; sets the current DataContext so that blocks stay whole.
+
+    `task_options` are Ray's, for the tasks that read, of which `num_readers` run at once; None for as many as fit.
+    """
     DataContext.get_current().target_max_block_size = None
     source = ShardSource(plan, schema, shards=shards, rows=rows)
     return ray.data.read_datasource(
-        source, override_num_blocks=max(1, len(shards)), ray_remote_args={"max_retries": MAX_TASK_RETRIES}
+        source,
+        override_num_blocks=max(1, len(shards)),
+        concurrency=num_readers,
+        ray_remote_args={"max_retries": MAX_TASK_RETRIES, **(task_options or {})},
     )
 
 
 def _pack(shard: Shard, rows: Sequence[int]) -> bytes:
     """One bit per row of the shard: 512 bytes at most, where a list of numbers would take 20 kB."""
-    wanted = np.zeros(shard.num_rows, np.bool_)
+    span = shard.stop - shard.start
+    wanted = np.zeros(span, np.bool_)
     positions = np.asarray(rows, np.int64) - shard.start
-    if positions.size and not (positions.min() >= 0 and positions.max() < shard.num_rows):
+    if positions.size and not (positions.min() >= 0 and positions.max() < span):
         raise ValueError(
             f"rows to retry lie outside shard {shard.index}, which is rows {shard.start} to {shard.stop - 1}"
         )
@@ -111,6 +125,6 @@ def _pack(shard: Shard, rows: Sequence[int]) -> bytes:
 def _read_block(file: InputFile, shard: Shard, schema: pa.Schema, keep: bytes | None) -> Iterable[pa.Table]:
     rows: list[int] | None = None
     if keep is not None:
-        wanted = np.unpackbits(np.frombuffer(keep, np.uint8), count=shard.num_rows)
+        wanted = np.unpackbits(np.frombuffer(keep, np.uint8), count=shard.stop - shard.start)
         rows = (np.flatnonzero(wanted) + shard.start).tolist()
     return [read_shard(file, shard, schema, keep=rows)]

@@ -12,7 +12,8 @@ Guarantees:
 - every row added comes out exactly once, finished or failed, however replicas come and go.
 - no row is charged with more than `max_attempts` attempts. A death in company isn't charged to a row that has only
   one attempt left; that row runs alone next, so it is sent at most once more than it is charged.
-- with 2 attempts or more, a row fails as `engine_crash` or `engine_hang` only when it was alone on its replica.
+- with 2 attempts or more, a row fails as `engine_crash` or `engine_hang` only when it was alone on its replica, or for
+  the fourth time the only one of ours on a replica that others use too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Generic, TypeVar
 
 MICROBATCH = 32
 SMALL_MICROBATCH = 8
+MAX_SPARED = 3
+"""Deaths in strangers' company after which a row counts as the killer all the same, or it might go on for ever."""
 
 RowKey = TypeVar("RowKey", bound=Hashable)
 
@@ -38,6 +41,8 @@ class PendingRow(Generic[RowKey]):
     """Attempts begun and ended badly."""
     avoid: str | None = None
     """Replica that failed it last; another is preferred."""
+    spared: int = 0
+    """Deaths of which it was the only suspect of ours, but not the only request there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,8 @@ class GaveUp(Generic[RowKey]):
 @dataclass(slots=True)
 class _Replica(Generic[RowKey]):
     window: int
+    leaving: bool = False
+    """Finishes what it has and gets nothing more."""
     in_flight: dict[RowKey, PendingRow[RowKey]] = field(default_factory=dict)
     reserved: bool = False
     """Takes suspects only: it is being emptied for a group, or runs one."""
@@ -79,12 +86,21 @@ class DispatchBoard(Generic[RowKey]):
     @property
     def num_unfinished(self) -> int:
         """Rows added that have no outcome yet."""
-        waiting = len(self._fresh) + len(self._again) + sum(map(len, self._suspects))
-        return waiting + sum(len(replica.in_flight) for replica in self._replicas.values())
+        return self.num_waiting + sum(len(replica.in_flight) for replica in self._replicas.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that are with no replica."""
+        return len(self._fresh) + len(self._again) + sum(map(len, self._suspects))
 
     def num_in_flight(self, replica: str) -> int:
         """Rows that are with this replica."""
         return len(self._replicas[replica].in_flight) if replica in self._replicas else 0
+
+    def takes_work(self, replica: str) -> bool:
+        """Whether this replica is there for any row: it isn't leaving, nor kept for suspects."""
+        state = self._replicas.get(replica)
+        return state is not None and not state.leaving and not state.reserved
 
     def live_replicas(self) -> tuple[str, ...]:
         """Replicas that can be given work."""
@@ -106,6 +122,21 @@ class DispatchBoard(Generic[RowKey]):
         """A replica can take up to `window` unfinished rows."""
         self._replicas[replica] = _Replica(window=max(1, window))
 
+    def drain(self, replica: str) -> None:
+        """Send this replica nothing more; what it has may still finish."""
+        if replica in self._replicas:
+            self._replicas[replica].leaving = True
+
+    def returned(self, replica: str, key: RowKey) -> None:
+        """A row came back untouched: it is the next to go, and nothing is charged."""
+        state = self._replicas.get(replica)
+        in_group = state is not None and state.running_group
+        row = self._take(replica, key)
+        if row is not None and in_group:
+            self._suspects.append([row])
+        elif row is not None:
+            self._fresh.appendleft(row)
+
     def finished(self, replica: str, key: RowKey) -> int | None:
         """A row came back good; returns which attempt it was, or None for a late answer about a row that moved on."""
         row = self._take(replica, key)
@@ -123,10 +154,13 @@ class DispatchBoard(Generic[RowKey]):
         self._again.append(row)
         return None
 
-    def replica_down(self, replica: str, kind: str, *, rows_to_blame: bool = True) -> list[GaveUp[RowKey]]:
+    def replica_down(
+        self, replica: str, kind: str, *, rows_to_blame: bool = True, in_company: bool = False
+    ) -> list[GaveUp[RowKey]]:
         """A replica is gone with everything in flight on it; returns the rows that thereby failed for good.
 
         `rows_to_blame=False` says that the cause lay elsewhere (a lost node, a planned removal): no attempt is counted.
+        `in_company` says that the replica ran requests of others too, which may be to blame as well.
         """
         gone = self._replicas.pop(replica, None)
         if gone is None:
@@ -135,7 +169,11 @@ class DispatchBoard(Generic[RowKey]):
         if not rows_to_blame:
             self._again.extend(rows)
             return []
-        return self._suspect(rows, kind, alone=gone.running_group and len(rows) == 1)
+        alone = gone.running_group and len(rows) == 1
+        if alone and in_company and rows[0].spared < MAX_SPARED:
+            rows[0].spared += 1
+            alone = False
+        return self._suspect(rows, kind, alone=alone)
 
     def next_assignment(self) -> Assignment[RowKey] | None:
         """Return what to send next, or None when nothing can be sent now. Call again until it returns None."""
@@ -172,7 +210,7 @@ class DispatchBoard(Generic[RowKey]):
             return None
         self._reserve()
         for name, state in self._replicas.items():
-            if state.reserved and not state.in_flight:
+            if state.reserved and not state.in_flight and not state.leaving:
                 group = self._suspects.popleft()
                 state.running_group = True
                 return self._send(name, group)
@@ -180,10 +218,11 @@ class DispatchBoard(Generic[RowKey]):
 
     def _reserve(self) -> None:
         """Keep up to half of the replicas (at least one) for suspects, the emptiest first."""
-        waiting = sum(state.reserved and not state.running_group for state in self._replicas.values())
-        reserved = sum(state.reserved for state in self._replicas.values())
-        allowed = max(1, len(self._replicas) // 2)
-        free = sorted((s for s in self._replicas.values() if not s.reserved), key=lambda s: len(s.in_flight))
+        staying = [state for state in self._replicas.values() if not state.leaving]
+        waiting = sum(state.reserved and not state.running_group for state in staying)
+        reserved = sum(state.reserved for state in staying)
+        allowed = max(1, len(staying) // 2)
+        free = sorted((state for state in staying if not state.reserved), key=lambda s: len(s.in_flight))
         wanted = min(allowed - reserved, len(self._suspects) - waiting)
         for state in free[: max(0, wanted)]:
             state.reserved = True
@@ -192,7 +231,9 @@ class DispatchBoard(Generic[RowKey]):
         if not self._fresh and not self._again:
             return None
         candidates = sorted(
-            (len(state.in_flight) / state.window, name) for name, state in self._replicas.items() if not state.reserved
+            (len(state.in_flight) / state.window, name)
+            for name, state in self._replicas.items()
+            if not state.reserved and not state.leaving
         )
         for _, name in candidates:
             state = self._replicas[name]
@@ -206,7 +247,9 @@ class DispatchBoard(Generic[RowKey]):
         return None
 
     def _choose(self, replica: str, count: int) -> list[PendingRow[RowKey]]:
-        others = any(name != replica and not state.reserved for name, state in self._replicas.items())
+        others = any(
+            name != replica and not state.reserved and not state.leaving for name, state in self._replicas.items()
+        )
         rows: list[PendingRow[RowKey]] = []
         for _ in range(len(self._again)):
             row = self._again.popleft()

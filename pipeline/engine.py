@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.choices import ChoiceTree
 from pipeline.settings import SamplingSettings
 
 
@@ -35,6 +36,8 @@ class EngineInfo:
     moe: MoeShape | None
     """None for a dense model, or when the engine doesn't capture routing."""
     versions: dict[str, str]
+    lookahead: int = 0
+    """Requests that it should hold beyond those it can run, because it may begin the next before it is asked again."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ class Request:
     """Seed of sample 0; sample i uses seed + i."""
     priority: int = 0
     """Lower runs first."""
+    timeout_s: float = 600.0
+    """Longest time inside the engine."""
+    keep_expert_ids: bool = False
+    """Whether to return each token's expert ids as bytes."""
+    choices: ChoiceTree | None = None
+    """Answers to choose among, instead of generating: how probable each is, and the most probable one as the sample."""
+    stream: bool = False
+    """Whether its text comes out piece by piece too, before the whole."""
+    num_top_logs: int | None = None
+    """Log-probabilities of each generated token and of so many of the likeliest in its place; None for none."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,30 @@ class Timing:
 
 
 UNKNOWN_TIMING = Timing(0.0, 0.0, 0.0)
+
+ONLINE_PRIORITY = -100
+"""Of requests that somebody waits for: before those of any run."""
+
+
+@dataclass(frozen=True)
+class TokenLog:
+    """One generated token and its log-probability, with the likeliest tokens in its place, likeliest first."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one sample of a streamed request has gained since the last piece."""
+
+    request_id: str
+    index: int
+    """Of the sample."""
+    text: str
+    num_tokens: int
+    token_logs: tuple[TokenLog, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +113,10 @@ class Sample:
     cumulative_logprob: float | None
     routed_experts: NDArray[np.integer] | None
     """[prompt + generated - 1, layers, top_k] expert ids, first choice first; None when not captured."""
+    choice_logs: tuple[float, ...] | None = None
+    """Log-probability of each of the request's choices, in their order; None for a request without."""
+    token_logs: tuple[TokenLog, ...] | None = None
+    """Of each generated token, when the request asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +144,7 @@ class Engine(Protocol):
     Guarantees:
     - `add` raises RequestRefused for a request that breaks its rules, and the engine is as before.
     - every accepted request comes out of `step` exactly once, unless aborted.
+    - the pieces of a streamed request come before it, and their texts make up its samples' texts; no others have any.
     - an exception out of `step` means that the engine is dead.
     """
 
@@ -115,8 +157,8 @@ class Engine(Protocol):
         """Queue one request."""
         ...
 
-    def step(self) -> Sequence[Completion | Failure]:
-        """Advance all running requests and return those that finished."""
+    def step(self) -> Sequence[Completion | Failure | Piece]:
+        """Advance all running requests and return those that finished, and pieces of those that are streamed."""
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None:

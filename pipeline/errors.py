@@ -6,6 +6,8 @@
     |   |-- RequestError         the engine failed one request
     |   |-- RequestRefused       the engine refuses one request by rule; the one attempt that isn't repeated
     |   |-- ReplicaDied          the replica's process or node is gone, with all that was in flight on it
+    |   |   |-- NodeLost           with the whole node: no row is to blame
+    |   |   `-- ReplicaUnreachable its process can't be reached; whether it died, and of what, isn't known yet
     |   `-- ReplicaHung          no progress for the allowed time; the replica is killed
     |-- RoutingInvalid         one sample's expert ids are impossible: nulled and counted; its text stands
     `-- RunError               the run stops; `exit_code` says how
@@ -19,6 +21,17 @@ Exceptions cross process boundaries: every constructor argument reaches `super()
 
 from __future__ import annotations
 
+INVALID_JSON = "invalid_json"
+"""`error.kind` of an invalid row: a whole sample that isn't the JSON that was asked for."""
+# Every `error.kind` that a failed row can have. Names are stable: people filter by them.
+ERROR_KINDS = frozenset(
+    {
+        *("bad_row", "null_prompt", "empty_prompt", "bad_messages", "bad_sampling", "prompt_too_long"),
+        *("template_error", "template_timeout", "template_memory", "template_crash", "marker_text", "control_text"),
+        *("bad_request", "unsupported_request", "duplicate_custom_id"),
+        *("request_refused", "request_error", "request_timeout", "engine_crash", "engine_hang", "internal"),
+    }
+)
 # Kinds of row errors that say nothing about the row itself: another attempt in another run may well succeed.
 RETRYABLE_KINDS = frozenset({"engine_crash", "engine_hang", "request_error", "request_timeout"})
 
@@ -67,6 +80,18 @@ class ReplicaDied(AttemptError):
     """The replica's process is gone and took everything in flight with it."""
 
     kind = "engine_crash"
+
+
+class NodeLost(ReplicaDied):
+    """The replica's node is gone; what ran on it had no part in that."""
+
+    kind = "node_lost"
+
+
+class ReplicaUnreachable(ReplicaDied):
+    """The connection broke, with answers that may have been on their way: nothing more can be known of its rows."""
+
+    kind = "replica_unreachable"
 
 
 class ReplicaHung(AttemptError):

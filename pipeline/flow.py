@@ -6,18 +6,22 @@ Ray Data moves blocks, a block being a shard from end to end; the stage names he
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
 from pipeline.datasink import PartSink
 from pipeline.datasource import MAX_TASK_RETRIES, read_plan
-from pipeline.generate import GenerateSettings, GenerateStage
+from pipeline.errors import InfrastructureError
+from pipeline.generate import DISPATCH_DIED, GenerateSettings, GenerateStage
 from pipeline.shards import Plan
 from pipeline.storage import Store
 from pipeline.templating import TemplateSettings, template_shard
@@ -25,6 +29,11 @@ from pipeline.templating import TemplateSettings, template_shard
 # Deprecated in 2.60 without a successor that limits retries; pyproject.toml keeps Ray below 2.64, where it goes.
 TASK_OPTIONS = {"max_retries": MAX_TASK_RETRIES}
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+
+MAX_CALLS = 256
+"""A plan has more shards only if this many hold more rows than all engines can use."""
+MAX_TWIN_FACTOR = 4
+"""Templated shards that may wait in the dispatch process, per shard that is begun where no two rows are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +65,25 @@ def run_flow(
     """Bring these shards of the plan to committed parts; returns when all are, or were dropped by an order to drain.
 
     With `rows`, only these rows of each shard are done, and laid over the part that is there.
+
+    Raises:
+        InfrastructureError: the dispatch process died, or a task's process as often as tasks are tried.
+        RayTaskError: whatever else a stage raised.
     """
     configure_ray_data()
-    plan_ref = ray.put(flow.plan)
-    sent = sum(map(len, rows.values())) if rows is not None else flow.plan.rows_per_shard * len(shards)
-    open_shards = num_open_shards(flow.window, max(1, sent // len(shards)))
-    dataset = read_plan(flow.plan, flow.user_schema, shards=shards, rows=rows)
+    shard_rows = [len(rows[index]) if rows is not None else flow.plan.shard(index).num_rows for index in shards]
+    here, readers = {"label_selector": this_node()}, min(num_readers(), len(shards))
+    # Reading and templating share a process, and the model's tokenizer and local inputs are on the driver's node.
+    dataset = read_plan(flow.plan, flow.user_schema, shards=shards, rows=rows, task_options=here, num_readers=readers)
     dataset = dataset.map_batches(
         template_shard,
         fn_args=(flow.template,),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
+        compute=ray.data.TaskPoolStrategy(readers),
         **TASK_OPTIONS,
+        **here,
     )
     dataset = dataset.map_batches(
         GenerateStage,
@@ -77,27 +92,108 @@ def run_flow(
         batch_format="pyarrow",
         # Other resources than the stages before it, or Ray Data would fuse them into this one process.
         num_cpus=0,
-        compute=ray.data.ActorPoolStrategy(
-            size=1, max_concurrent_calls_per_actor=open_shards, max_tasks_in_flight_per_actor=open_shards + 2
-        ),
+        **here,  # it dies with no other node than the run does
+        **generate_limits(flow, shard_rows),
     )
     sink = PartSink(
         flow.store,
-        plan_ref,
+        ray.put(flow.plan),
         monitor,
         fingerprint=flow.fingerprint,
         epoch=flow.epoch,
         retried_statuses=retried_statuses,
     )
-    dataset.write_datasink(sink, ray_remote_args=TASK_OPTIONS)
+    with _deaths_explained():
+        # A local output is a folder of the driver's node.
+        dataset.write_datasink(sink, ray_remote_args=TASK_OPTIONS | (here if flow.store.is_local else {}))
 
 
-def num_open_shards(window: int, rows_per_shard: int) -> int:
-    """Shards to generate at once: enough rows to fill the window while some shards wait for their last rows.
+def this_node() -> dict[str, str]:
+    """Label selector of the node that the calling driver is on."""
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+
+
+def num_readers() -> int:
+    """Processes that read and template at once: half of what Ray gives the driver's node, and at least two.
+
+    Unlimited, a small input took as many processes as the node has CPUs, at 2.2 s of processor time for each one's
+    imports, while the engines were loading; and the writer had to wait for a slot.
+    """
+    node_id = ray.get_runtime_context().get_node_id()
+    cpus = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == node_id)
+    return max(2, min(int(cpus), os.cpu_count() or 1) // 2)  # a Ray of a run's own counts its replicas' CPUs on top
+
+
+@contextmanager
+def _deaths_explained() -> Iterator[None]:
+    """Say which process died and what to do, where Ray shows its own frames and the id of an actor."""
+    try:
+        yield
+    except RayTaskError:  # raised by our own code: it says what happened
+        raise
+    except RayActorError as error:
+        if DISPATCH_DIED not in str(error):
+            raise
+        raise InfrastructureError(DISPATCH_DIED) from error
+    except (WorkerCrashedError, OutOfMemoryError) as error:
+        raise InfrastructureError(
+            f"the process that read, templated or wrote a shard died {1 + MAX_TASK_RETRIES} times over, killed from "
+            "outside or for lack of memory; what is committed is safe: rerun the same command"
+        ) from error
+
+
+def open_rows_limit(window: int, rows_per_shard: int) -> int:
+    """Unfinished rows from which on no other shard is begun: enough to fill the window while some shards wait for their
+    last rows.
 
     Every open shard is lost when the driver is killed, so no more than needed.
     """
-    return math.ceil(1.5 * window / rows_per_shard) + 2
+    return math.ceil(1.5 * window) + rows_per_shard
+
+
+def uncommitted_rows_limit(window: int, rows_per_shard: int) -> int:
+    """Rows of finished shards that may wait for their commit before no other is begun: as many again, but enough for a
+    store that takes seconds.
+    """
+    return max(4 * rows_per_shard, open_rows_limit(window, rows_per_shard))
+
+
+def rows_at_risk(window: int, rows_per_shard: int) -> int:
+    """The most rows that a killed driver's successor does again."""
+    limits = open_rows_limit(window, rows_per_shard) + uncommitted_rows_limit(window, rows_per_shard)
+    return limits + 2 * rows_per_shard  # a limit is looked at before a shard, not after
+
+
+def num_calls(shard_rows: Sequence[int], limit: int, *, twin_factor: int) -> int:
+    """Shards that the dispatch process is handed at once: as many neighbours as have `limit` rows together.
+
+    Each is a thread of its, of which an engine with 512 sequences would otherwise start thousands for one-row shards.
+    """
+    most, first, rows = 1, 0, 0
+    for last, size in enumerate(shard_rows):
+        rows += size
+        while rows > limit and first < last:
+            rows -= shard_rows[first]
+            first += 1
+        most = max(most, last - first + 1)
+    return min(len(shard_rows), MAX_CALLS, (most + 1) * twin_factor)
+
+
+def generate_limits(flow: Flow, shard_rows: Sequence[int]) -> dict[str, Any]:
+    """How many shards are begun at once, as arguments of `map_batches`."""
+    rows_per_shard = math.ceil(sum(shard_rows) / len(shard_rows))
+    limit = open_rows_limit(flow.window, rows_per_shard)
+    # Rows that wait for a twin keep no engine busy, so that more shards may be needed to do that.
+    calls = num_calls(shard_rows, limit, twin_factor=MAX_TWIN_FACTOR if flow.generate.dedupe else 1)
+    return {
+        "fn_constructor_kwargs": {
+            "max_open_rows": limit,
+            "max_uncommitted_rows": uncommitted_rows_limit(flow.window, rows_per_shard),
+        },
+        "compute": ray.data.ActorPoolStrategy(
+            size=1, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=calls + 2
+        ),
+    }
 
 
 def configure_ray_data() -> None:
@@ -107,6 +203,7 @@ def configure_ray_data() -> None:
     context.target_min_block_size = 0
     context.execution_options.preserve_order = False  # order would hold commits back behind stragglers
     context.execution_no_progress_timeout_s = -1  # waiting for GPUs isn't a failure; the fleet watches
+    context.raise_original_map_exception = True  # wrapped in Ray Data's own, ours would lose its words on the way
     context.max_errored_blocks = 0  # rows fail in columns; an error here is ours and must be seen
     context.issue_detectors_config.detectors = []
     context.enable_progress_bars = False

@@ -6,20 +6,24 @@ prompts. Invariant: what an `InputFile` says was true of the file with that size
 
 from __future__ import annotations
 
+import bisect
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import jsonl
+from pipeline import jsonl, openai_lines
 from pipeline.errors import InfrastructureError, RunError, SpecError
 from pipeline.listing import FoundFile, find_files, open_file
+from pipeline.settings import InputFormat
 
-Format = Literal["parquet", "jsonl"]
+Format = Literal["parquet", "jsonl", "openai_batch"]
 _EXTENSIONS: dict[str, Format] = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
 # Footers are a few requests of a few kB each: waiting dominates, so many threads. 16 keep 1,000 S3 footers under 10 s.
@@ -44,15 +48,21 @@ class InputFile:
     decoded_bytes: int = 0
     """Estimated size in memory."""
     marks: jsonl.Marks = field(default_factory=jsonl.Marks)
-    """JSONL only: byte offsets of some rows."""
+    """Of lines only: byte offsets of some rows."""
+    repeated: tuple[int, ...] = ()
+    """Of OpenAI batch files only: rows whose `custom_id` an earlier row of the run has."""
 
-    def slim(self, row: int) -> InputFile:
-        """Return a copy of a few hundred bytes that suffices for reading from `row` on."""
-        return replace(self, schema=_EMPTY_SCHEMA, marks=self.marks.only(row))
+    def slim(self, row: int, stop: int | None = None) -> InputFile:
+        """Return a copy of a few hundred bytes that suffices for reading rows [row, stop), or all from `row` on."""
+        first, last = bisect.bisect_left(self.repeated, row), bisect.bisect_left(self.repeated, stop or math.inf)
+        repeated = self.repeated[first:last]
+        return replace(self, schema=_EMPTY_SCHEMA, marks=self.marks.only(row), repeated=repeated)
 
 
-def list_inputs(paths: str | Sequence[str]) -> list[InputFile]:
+def list_inputs(paths: str | Sequence[str], kind: InputFormat = "auto") -> list[InputFile]:
     """Find the files and look into each; see `listing.find_files` for what a path may be and how files are ordered.
+
+    `kind` is how to read them: as their extensions say, or as OpenAI batch files.
 
     Guarantees:
     - a file without rows, or no row at all, is legal.
@@ -61,12 +71,18 @@ def list_inputs(paths: str | Sequence[str]) -> list[InputFile]:
         SpecError: a path matches nothing, a file has an unknown extension or can't be read. All problems at once.
         InfrastructureError: an object store could not be reached.
     """
-    found = find_files(paths)
-    wrong = [problem for file in found if (problem := _extension_problem(file.path))]
+    return look_into(find_files(paths), kind)
+
+
+def look_into(found: Sequence[FoundFile], kind: InputFormat = "auto") -> list[InputFile]:
+    """The second half of `list_inputs`, for some of the files that were found; raises the same."""
+    wrong = [problem for file in found if (problem := _extension_problem(file.path, kind))]
     if wrong:
         raise SpecError("\n".join(wrong))
+    ids: dict[str, openai_lines.CustomIds] = {}
+    probe = partial(_probe_requests, ids) if kind == "openai_batch" else _probe
     with ThreadPoolExecutor(min(_PROBE_THREADS, max(1, len(found)))) as threads:
-        results = list(threads.map(_probe_safely, found))
+        results = list(threads.map(partial(_probe_safely, probe), found))
     problems = [result.message for result in results if isinstance(result, SpecError)]
     for result in results:
         if isinstance(result, RunError) and not problems:
@@ -76,11 +92,16 @@ def list_inputs(paths: str | Sequence[str]) -> list[InputFile]:
     # Ten thousand files with one schema share one object.
     seen: dict[pa.Schema, pa.Schema] = {}
     files = [result for result in results if isinstance(result, InputFile)]
+    if ids:
+        repeated = openai_lines.repeated_rows([ids[file.path] for file in files])
+        return [replace(file, repeated=rows) for file, rows in zip(files, repeated, strict=True)]
     return [replace(file, schema=seen.setdefault(file.schema, file.schema)) for file in files]
 
 
-def _extension_problem(path: str) -> str | None:
+def _extension_problem(path: str, kind: InputFormat) -> str | None:
     stem, extension = os.path.splitext(path.lower())
+    if kind == "openai_batch" and _EXTENSIONS.get(extension) == "parquet":
+        return f"{path} is Parquet, but OpenAI batch files are JSONL; leave input.format out to read it as it is"
     if extension in _EXTENSIONS:
         return None
     if extension in _COMPRESSED and os.path.splitext(stem)[1] in _EXTENSIONS:
@@ -93,9 +114,9 @@ def _extension_problem(path: str) -> str | None:
     return f"{path} has unknown extension {extension!r}; inputs end in {known}; a glob such as *.parquet skips it"
 
 
-def _probe_safely(found: FoundFile) -> InputFile | RunError:
+def _probe_safely(probe: Callable[[FoundFile], InputFile], found: FoundFile) -> InputFile | RunError:
     try:
-        return _probe(found)
+        return probe(found)
     except RunError as error:
         return error
     except (pa.ArrowException, ValueError, NotImplementedError, FileNotFoundError, PermissionError) as error:
@@ -104,13 +125,21 @@ def _probe_safely(found: FoundFile) -> InputFile | RunError:
         return InfrastructureError(f"{found.path} could not be read: {error!r}; run the same command again")
 
 
+def _probe_requests(ids: dict[str, openai_lines.CustomIds], found: FoundFile) -> InputFile:
+    scan, ids[found.path] = openai_lines.scan_requests(found.path)
+    return _scanned(found, "openai_batch", scan)
+
+
+def _scanned(found: FoundFile, kind: Format, scan: jsonl.Scan) -> InputFile:
+    # Parsed values take about twice their bytes as text.
+    size = 2 * found.size
+    return InputFile(found.path, kind, found.size, found.version, scan.num_rows, scan.schema, size, scan.marks)
+
+
 def _probe(found: FoundFile) -> InputFile:
     kind = _EXTENSIONS[os.path.splitext(found.path.lower())[1]]
     if kind == "jsonl":
-        scan = jsonl.scan(found.path)
-        # Parsed values take about twice their bytes as text.
-        size = 2 * found.size
-        return InputFile(found.path, kind, found.size, found.version, scan.num_rows, scan.schema, size, scan.marks)
+        return _scanned(found, kind, jsonl.scan(found.path))
     with open_file(found.path, streaming=False) as handle, pq.ParquetFile(handle) as parquet:
         metadata = parquet.metadata
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]

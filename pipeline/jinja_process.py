@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import jinja_child
 from pipeline.errors import RowError
-from pipeline.jinja_child import FAILED, HEADER, LENGTH
+from pipeline.jinja_child import FAILED, HEADER, LENGTH, ChatDialect
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,9 +48,9 @@ def crashed(message: str) -> RowError:
 
 
 class RenderProcess:
-    """One running child process, ready to render."""
+    """One running child process, ready to render rows, or chats in a dialect."""
 
-    def __init__(self, templates: Sequence[str], limits: RenderLimits) -> None:
+    def __init__(self, templates: Sequence[str], limits: RenderLimits, *, chat: ChatDialect | None = None) -> None:
         self._limits = limits
         # Nothing of our environment but what Python needs: no credentials within a template's reach.
         kept = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TZDIR")
@@ -66,6 +66,7 @@ class RenderProcess:
         self._compiled = False
         configuration = {
             "templates": list(templates),
+            "chat": chat,
             "timeout_s": limits.timeout_s,
             "memory_mib": limits.memory_mib,
             "output_mib": limits.output_mib,
@@ -88,6 +89,11 @@ class RenderProcess:
         self._send(_ipc_bytes(table))
         for _ in range(table.num_rows):
             yield self._frame(self._limits.timeout_s + _GRACE_S)
+
+    def render_chat(self, values: Mapping[str, Any]) -> list[str] | RowError:
+        """Return one chat's texts, or why the templates refused it; raises RowError when it ends the child."""
+        self._send(json.dumps(values).encode())
+        return self._frame(self._limits.timeout_s + _GRACE_S)
 
     def _send(self, message: bytes) -> None:
         assert self._process.stdin is not None  # noqa: S101  for the type checker

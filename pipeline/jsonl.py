@@ -24,7 +24,7 @@ import math
 import re
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, NoReturn
 
@@ -111,8 +111,10 @@ class Scan:
     marks: Marks
 
 
-def scan(path: str) -> Scan:
+def scan(path: str, *, visit: Callable[[dict[str, Any] | None], None] | None = None) -> Scan:
     """Read a file once, front to back, holding one line at a time.
+
+    `visit` is given each row's object, None for a bad row.
 
     Raises:
         SpecError: the lines have more than 1000 different keys.
@@ -125,6 +127,8 @@ def scan(path: str) -> Scan:
             marks.offer(num_rows, offset, number)
             num_rows += 1
             record, _ = _parse(raw)
+            if visit is not None:
+                visit(record)
             for name, value in (record or {}).items():
                 types[name] = merge_guesses(types.get(name, pa.null()), _json_type(value))
             if len(types) > MAX_COLUMNS:

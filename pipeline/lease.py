@@ -10,6 +10,7 @@ clock, whether the counter moves. Invariant: the highest epoch is never deleted,
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import re
@@ -27,6 +28,8 @@ from pipeline.storage import Store
 
 FOLDER = "_run/lease"
 DEFAULT_TTL_S = 30.0
+# ENOENT is what file systems that aren't for files, such as /proc, answer to mkdir.
+_NEVER_WRITABLE = frozenset({errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT})
 # Six beats per ttl: five can be lost or late before anybody may take over.
 _BEATS_PER_TTL = 6
 _RECORD = re.compile(r"^(\d{6,})\.(json|beat)$")
@@ -193,9 +196,9 @@ def acquire_lease(store: Store, *, run_id: str, ttl_s: float = DEFAULT_TTL_S) ->
     """
     try:
         return _acquire(store, run_id, ttl_s)
-    except (PermissionError, NotADirectoryError) as error:
-        raise SpecError(f"output {store.root} can't be written to: {error}; correct output.path") from error
     except OSError as error:
+        if isinstance(error, PermissionError) or error.errno in _NEVER_WRITABLE:
+            raise SpecError(f"output {store.root} can't be written to: {error}; correct output.path") from error
         raise InfrastructureError(f"output {store.root} can't be reached: {error}; rerun the same command") from error
 
 

@@ -1,7 +1,7 @@
 """What a run has committed and what is left, read from its output and nowhere else.
 
-    _run/fingerprint.json   the birth of the run: what its results depend on; created once
-    _run/plan.json          its shards; created once, and used again by every later run on this output
+    _run/fingerprint.json   the birth of the run: what its results depend on
+    _run/plan.json          its shards, used again by every later run on this output
     _run/events/E-N.json    what happened, N-th event of ownership E
     data/                   the committed parts: a shard is done when its part is there
 
@@ -24,7 +24,7 @@ from pipeline.errors import InfrastructureError, SpecError
 from pipeline.lease import Lease
 from pipeline.parts import DATA, PartFooter, committed_parts, part_sizes, read_footer
 from pipeline.resume import Decision, Found, Resume, decide, fingerprint_digest, refuse_foreign_parts
-from pipeline.shards import Plan
+from pipeline.shards import Plan, Shard
 from pipeline.storage import Store
 
 RUN = "_run"
@@ -50,11 +50,21 @@ class Opened:
     """Shards done before."""
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What the footers say, in one pass."""
+
+    totals: RunCounters
+    """Of all committed parts together."""
+    chosen: dict[int, Shard]
+    """Shard index -> shard of each part that has rows of the statuses and error kinds asked for, in plan order."""
+
+
 class Ledger:
     """The record of one output. Give the lease to write; reading needs none.
 
     Guarantees:
-    - a plan, once stored, is never replaced, so part names keep their meaning.
+    - fingerprint and plan are never replaced once a part is committed, so part names keep their meaning.
     - an output is never continued under another fingerprint, nor with files in `data/` that the plan doesn't know.
     - totals count every committed part once, and nothing else.
     """
@@ -64,6 +74,19 @@ class Ledger:
         self._lease = lease
         self._event_numbers = itertools.count(1)
 
+    def look(self, plan: Plan, fingerprint_fields: Mapping[str, str], *, resume: Resume) -> Opened:
+        """What `open_run` would find and decide, from reads alone; needs no lease, so it may be out of date at once.
+
+        Raises:
+            SpecError: this run can't go on in this output; says why, naming each field that changed.
+        """
+        found = Found(self.fingerprint(), committed_parts(self.store))
+        decision = decide(found, fingerprint_fields, resume=resume, output=self.store.root)
+        if decision is not Decision.REPLACE:
+            plan = self._stored_plan() or plan
+        refuse_foreign_parts(found.part_names, _part_names(plan), output=self.store.root)
+        return Opened(plan, decision, len(found.part_names))
+
     def open_run(self, plan: Plan, fingerprint_fields: Mapping[str, str], *, resume: Resume) -> Opened:
         """Start the run or continue the one that is there. Safe to repeat after a crash at any point.
 
@@ -71,17 +94,19 @@ class Ledger:
             SpecError: this run can't go on in this output; says why, naming each field that changed.
             InfrastructureError: another process took the output over.
         """
-        found = Found(self.fingerprint(), committed_parts(self.store))
-        decision = decide(found, fingerprint_fields, resume=resume, output=self.store.root)
+        opened = self.look(plan, fingerprint_fields, resume=resume)
         # Only now may anything be changed. Temporaries are left by writers that died; object stores have none.
         self._sweep()
-        if decision is Decision.FRESH:
+        if opened.decision is Decision.REPLACE:
+            # In this order: between the two, what is left is the earlier run without its plan, and still replaceable.
+            # A part that a stalled earlier owner might yet commit names its fingerprint, and `footers` refuses it.
+            self._delete(PLAN)
+            self._delete(FINGERPRINT)
+        if opened.decision is not Decision.RESUME:
             self._create(FINGERPRINT, _to_json({"fields": dict(fingerprint_fields)}))
         if self._stored_plan() is None:
-            refuse_foreign_parts(found.part_names, _part_names(plan), output=self.store.root)
-            self._create(PLAN, plan.to_json().encode())
-        refuse_foreign_parts(found.part_names, self._indices.keys(), output=self.store.root)
-        return Opened(self.plan, decision, len(found.part_names))
+            self._create(PLAN, opened.plan.to_json().encode())
+        return opened
 
     def fingerprint(self) -> dict[str, str] | None:
         """Fields that the run's results depend on; None if no run ever began here."""
@@ -105,22 +130,26 @@ class Ledger:
         committed = committed_parts(self.store)
         return [index for name, index in self._indices.items() if name not in committed]
 
+    def survey(self, *, statuses: Collection[str] = (), kinds: Collection[str] | None = None) -> Survey:
+        """Add up all committed parts, and find those with rows of these statuses and, if given, these error kinds."""
+        totals, chosen = RunCounters(), dict[int, Shard]()
+        for footer in self.footers():
+            counters = RunCounters.from_json_bytes(footer.counters)
+            totals.update(counters)
+            if _matches(counters, statuses, kinds):
+                index = self._indices[footer.part_name]
+                chosen[index] = self.plan.shard(index)
+        return Survey(totals, chosen)
+
     def failed_parts(
         self, *, statuses: Collection[str] = ("failed",), kinds: Collection[str] | None = None
-    ) -> dict[int, PartFooter]:
-        """Return {shard index: footer} of the parts with rows of these statuses and, if given, these error kinds."""
-        return {
-            self._indices[footer.part_name]: footer
-            for footer in self.footers()
-            if _matches(RunCounters.from_json_bytes(footer.counters), statuses, kinds)
-        }
+    ) -> dict[int, Shard]:
+        """Return {shard index: shard} of the parts with rows of these statuses and, if given, these error kinds."""
+        return self.survey(statuses=statuses, kinds=kinds).chosen
 
     def totals(self) -> RunCounters:
         """Counters of all committed parts together, from their footers alone."""
-        merged = RunCounters()
-        for footer in self.footers():
-            merged.update(RunCounters.from_json_bytes(footer.counters))
-        return merged
+        return self.survey().totals
 
     def footers(self) -> Iterator[PartFooter]:
         """Footers of all committed parts of the plan, in plan order, a few at a time.
@@ -160,7 +189,7 @@ class Ledger:
         return None if data is None else _parse(self.store, PLAN, data, Plan.from_json)
 
     def _sweep(self) -> None:
-        for folder in ("", DATA, RUN, EVENTS, "routing"):
+        for folder in ("", DATA, RUN, EVENTS, "routing", "review"):
             self.store.sweep(folder)
 
     def _read(self, name: str) -> bytes | None:
@@ -168,6 +197,11 @@ class Ledger:
             return self.store.read(name)
         except FileNotFoundError:
             return None
+
+    def _delete(self, name: str) -> None:
+        if self._lease is not None:
+            self._lease.check()
+        self.store.delete(name)
 
     def _create(self, name: str, data: bytes) -> None:
         """Create an object of the run; only an owner that was silent and lost the output can find it there."""

@@ -13,6 +13,8 @@ import re
 import stat
 import time
 import uuid
+from collections.abc import Iterator
+from typing import IO
 
 from pipeline.errors import SpecError
 
@@ -76,18 +78,25 @@ def _make_folder(folder: str) -> None:
 
 
 def _write_temporary(path: str, data: bytes) -> str:
+    with _temporary(path) as file:
+        file.write(data)
+    return file.name
+
+
+@contextlib.contextmanager
+def _temporary(path: str) -> Iterator[IO[bytes]]:
+    """A file beside `path`; on the disk when the block ends, and gone if it raises."""
     folder, name = os.path.split(path)
     _make_folder(folder)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
         _forget(temporary)
         raise
-    return temporary
 
 
 def _forget(temporary: str) -> None:
@@ -97,11 +106,19 @@ def _forget(temporary: str) -> None:
 
 def replace(path: str, data: bytes) -> None:
     """Show `data` under `path` in one step, replacing what was there."""
-    temporary = _write_temporary(path, data)
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[IO[bytes]]:
+    """Show under `path`, in one step when the block ends, what was written in it; if it raises, nothing changes."""
+    with _temporary(path) as file:
+        yield file
     try:
-        os.replace(temporary, path)
+        os.replace(file.name, path)
     except BaseException:
-        _forget(temporary)
+        _forget(file.name)
         raise
     _sync_folder(os.path.dirname(path))
 

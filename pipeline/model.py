@@ -36,6 +36,8 @@ class ModelFiles:
     architecture: str
     moe: MoeShape | None
     """None for a dense model."""
+    context_length: int | None
+    """Tokens of prompt and completion together that the model was made for; None where its config doesn't say."""
     digest: str
     """Covers config, tokenizer, template, and the names and sizes of the weight files: what decides the results."""
 
@@ -115,6 +117,7 @@ def inspect_model(
         revision=revision,
         architecture=(config.get("architectures") or ["unknown"])[0],
         moe=moe_shape(config),
+        context_length=context_length(config),
         digest=_digest(path, version),
     )
 
@@ -160,6 +163,15 @@ def routing_layers(config: dict[str, Any]) -> list[int]:
     first = _first(text, "first_k_dense_replace") or 0
     step = _first(text, "decoder_sparse_step") or 1
     return [layer for layer in named if layer >= first and layer not in dense and (layer + 1) % step == 0]
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """`max_position_embeddings`, which vLLM won't exceed; None where it multiplies it (scaled rotary embeddings)."""
+    text = _text_config(config)
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default" or "factor" in scaling:
+        return None
+    return _first(text, "max_position_embeddings")
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

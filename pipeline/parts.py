@@ -7,8 +7,10 @@ Invariant: a part that is visible under `data/` is whole, and its statistics are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +29,8 @@ VERSION = PREFIX + "schema_version"
 _TAIL_BYTES = 64 * 1024
 _TRAILER_BYTES = 8  # footer length, "PAR1"
 _READ_ATTEMPTS = 3  # a part that is replaced between two requests is read again
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +110,7 @@ def read_footer(store: Store, part_name: str, *, size: int | None = None) -> Par
         FileNotFoundError: no such part.
         InfrastructureError: it isn't a part of ours, or it is damaged.
     """
-    metadata = _read_metadata(store, part_name, size)
-    found = {key.decode(): value for key, value in (metadata.metadata or {}).items()}
-    if COUNTERS not in found or VERSION not in found:
-        raise _damaged(store, part_name, "it carries no statistics of ours")
-    ours = {key.removeprefix(PREFIX): value.decode() for key, value in found.items() if key.startswith(PREFIX)}
-    version = int(ours.pop("schema_version"))
-    counters = ours.pop("counters").encode()
-    return PartFooter(part_name, metadata.num_rows, version, counters, ours)
+    return _retried(store, part_name, size, lambda size: _footer(store, _Ranges(store, part_name, size)))
 
 
 def read_part(store: Store, part_name: str) -> pa.Table:
@@ -134,13 +131,114 @@ def read_part(store: Store, part_name: str) -> pa.Table:
     return table.replace_schema_metadata(kept or None)
 
 
-def _read_metadata(store: Store, part_name: str, size: int | None) -> pq.FileMetaData:
+def open_part(store: Store, part_name: str, *, size: int | None = None) -> OpenPart:
+    """Read a part's footer, to read some of its columns next: one request, two if the footer is longer than 64 KiB.
+
+    `size`, as from `part_sizes`, saves a request; it may be out of date.
+
+    Raises:
+        FileNotFoundError: no such part.
+        InfrastructureError: it isn't a part of ours, or it is damaged.
+    """
+    return _retried(store, part_name, size, lambda size: OpenPart(store, _Ranges(store, part_name, size)))
+
+
+class OpenPart:
+    """Some columns of a part, checksums verified; `error.kind` names one field of a struct, which comes without others.
+
+    Fetches the columns' own bytes, neighbours in one request; nothing more of a part below 64 KiB.
+    """
+
+    def __init__(self, store: Store, ranges: _Ranges) -> None:
+        self._store = store
+        self._part_name = ranges.part_name
+        self._file = pq.ParquetFile(ranges, page_checksum_verification=True)
+        self._paths = {self._file.schema.column(index).path for index in range(len(self._file.schema))}
+        self.footer = _parse_footer(store, ranges.part_name, self._file.metadata)
+        self.names = frozenset(path.partition(".")[0] for path in self._paths)
+        """Columns that the part has."""
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """All rows, in order.
+
+        Raises:
+            InfrastructureError: the part lacks a column, or is damaged.
+        """
+        with self._decoding(columns):
+            # Callers look at several parts at a time: no threads of Arrow's own on top of those.
+            return self._file.read(list(columns), use_threads=False).replace_schema_metadata(None)
+
+    def batches(self, columns: Sequence[str], *, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """The same, at most `num_rows` at a time, in the memory that those take."""
+        with self._decoding(columns):
+            yield from self._file.iter_batches(batch_size=num_rows, columns=list(columns), use_threads=False)
+
+    @contextlib.contextmanager
+    def _decoding(self, columns: Sequence[str]) -> Iterator[None]:
+        for name in columns:
+            if not any(path == name or path.startswith(f"{name}.") for path in self._paths):
+                raise _damaged(self._store, self._part_name, f"it has no column {name}")
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(self._store, self._part_name, str(error)) from error
+
+
+class _Ranges(io.RawIOBase):
+    """A part as pyarrow wants a file: a read is one request, but the end, footer and all, is fetched only once."""
+
+    def __init__(self, store: Store, part_name: str, size: int | None) -> None:
+        super().__init__()
+        self._store = store
+        self.part_name = part_name
+        with _transport(store, part_name):
+            self._size = store.size(part_path(part_name)) if size is None else size
+            self.tail = _read_tail(store, part_path(part_name), self._size)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        start, end = self._at, self._size if size < 0 else min(self._at + size, self._size)
+        self._at = end
+        tail_start = self._size - len(self.tail)
+        if start >= tail_start:
+            return self.tail[start - tail_start : end - tail_start]
+        with _transport(self._store, self.part_name):
+            return self._store.read_range(part_path(self.part_name), start=start, end=end)
+
+
+def _footer(store: Store, ranges: _Ranges) -> PartFooter:
+    return _parse_footer(store, ranges.part_name, pq.read_metadata(pa.BufferReader(ranges.tail)))
+
+
+def _parse_footer(store: Store, part_name: str, metadata: pq.FileMetaData) -> PartFooter:
+    found = {key.decode(): value for key, value in (metadata.metadata or {}).items()}
+    if COUNTERS not in found or VERSION not in found:
+        raise _damaged(store, part_name, "it carries no statistics of ours")
+    ours = {key.removeprefix(PREFIX): value.decode() for key, value in found.items() if key.startswith(PREFIX)}
+    version = int(ours.pop("schema_version"))
+    counters = ours.pop("counters").encode()
+    return PartFooter(part_name, metadata.num_rows, version, counters, ours)
+
+
+def _retried(store: Store, part_name: str, size: int | None, read: Callable[[int | None], _T]) -> _T:
+    """`read(size)`; again, whatever the part's size is by then, when it was replaced since the size was known."""
     reason = ""
     for _ in range(_READ_ATTEMPTS):
         try:
-            with _transport(store, part_name):
-                tail = _read_tail(store, part_path(part_name), size)
-            return pq.read_metadata(pa.BufferReader(tail))
+            return read(size)
         except InfrastructureError:
             if size is None:
                 raise
@@ -152,9 +250,8 @@ def _read_metadata(store: Store, part_name: str, size: int | None) -> pq.FileMet
     raise _damaged(store, part_name, reason)
 
 
-def _read_tail(store: Store, name: str, size: int | None) -> bytes:
+def _read_tail(store: Store, name: str, size: int) -> bytes:
     """Return the end of the object, from before its footer on: all that is needed to parse the footer."""
-    size = store.size(name) if size is None else size
     start = max(0, size - _TAIL_BYTES)
     tail = store.read_range(name, start=start, end=size)
     footer_bytes = int.from_bytes(tail[-_TRAILER_BYTES:-4], "little") + _TRAILER_BYTES

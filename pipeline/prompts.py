@@ -75,7 +75,7 @@ def row_messages(value: object) -> list[Message]:
 
 def user_message(text: str) -> list[Message]:
     """Return a rendered template as the chat that it is."""
-    return [Message("user", _encodable(text, "the rendered prompt"))]
+    return [Message("user", encodable(text, "the rendered prompt"))]
 
 
 def build_chat(messages: Sequence[Message], settings: PromptSettings, *, system: str | None, fold_system: bool) -> Chat:
@@ -94,7 +94,7 @@ def build_chat(messages: Sequence[Message], settings: PromptSettings, *, system:
     turns = [*_example_turns(settings.examples), *turns]
     if own_system and fold_system:
         repairs.append(SYSTEM_FOLDED)
-    parts = [SAFE_PROMPT if settings.safe_prompt else "", _encodable(system or "", "the system message"), *own_system]
+    parts = [SAFE_PROMPT if settings.safe_prompt else "", encodable(system or "", "the system message"), *own_system]
     return Chat(_with_system(_JOIN.join(part for part in parts if part), turns, fold=fold_system), tuple(repairs))
 
 
@@ -171,11 +171,15 @@ def _message(number: int, item: Any) -> Message:
         raise _bad(f"message {number} has no `content`; give a text")
     if not isinstance(content, str):
         raise _bad(f"message {number} has `content` of type {type(content).__name__}; give one text")
-    return Message(role, _encodable(content, f"message {number}"))
+    return Message(role, encodable(content, f"message {number}"))
 
 
-def _encodable(text: str, what: str) -> str:
-    """Return `text` if it can be encoded: half of a surrogate pair, which JSON can spell, crashes tokenizers."""
+def encodable(text: str, what: str) -> str:
+    """Return `text` if it can be encoded: half of a surrogate pair, which JSON can spell, crashes tokenizers.
+
+    Raises:
+        RowError: kind `bad_messages`.
+    """
     if text.isascii():
         return text
     try:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow as pa
 
-from pipeline import jsonl, row_batch
+from pipeline import jsonl, openai_lines, row_batch
 from pipeline.errors import InfrastructureError
 from pipeline.inputs import InputFile
 from pipeline.listing import stat_file
@@ -26,7 +26,7 @@ _JSONL_BATCH_ROWS = 512
 
 
 def read_shard(file: InputFile, shard: Shard, schema: pa.Schema, *, keep: Sequence[int] | None = None) -> pa.Table:
-    """Return the shard's rows: `schema`'s columns, then `rows.read_fields()`.
+    """Return the shard's rows, of a slice with picks the picked ones: `schema`'s columns, then `rows.read_fields()`.
 
     A row that can't be read has a message in the READ_ERROR column and nulls in the user's: a JSONL line that is no
     object, text that is not UTF-8, a value above 64 MiB, and whatever lies beyond the first 1 GiB of a shard.
@@ -49,11 +49,13 @@ def read_shard(file: InputFile, shard: Shard, schema: pa.Schema, *, keep: Sequen
         used += int(rows.num_bytes.sum())
         tables.append(rows.to_table(schema))
     table = pa.concat_tables(tables) if tables else row_batch.Rows.empty().to_table(schema)
-    if table.num_rows != shard.num_rows:
-        raise InfrastructureError(f"{_range(file, shard)} gave {table.num_rows} rows instead of {shard.num_rows}")
+    if table.num_rows != shard.stop - shard.start:
+        expected = shard.stop - shard.start
+        raise InfrastructureError(f"{_range(file, shard)} gave {table.num_rows} rows instead of {expected}")
     table = _with_identity(table, shard)
-    if keep is not None:
-        table = table.filter(pa.array(np.isin(table[ROW].to_numpy(), np.asarray(keep, np.int64))))
+    for wanted in (shard.picked_rows, keep):
+        if wanted is not None:
+            table = table.filter(pa.array(np.isin(table[ROW].to_numpy(), np.asarray(wanted, np.int64))))
     return table.combine_chunks()
 
 
@@ -68,7 +70,7 @@ def read_range(file: InputFile, start: int, stop: int, schema: pa.Schema) -> Ite
         _check_version(file)
         if start >= stop:
             return
-        if file.format == "jsonl":
+        if file.format != "parquet":
             yield from _jsonl_rows(file, start, stop, schema)
         else:
             yield from read_rows(file.path, file.version, start, stop, schema)
@@ -102,8 +104,9 @@ def _check_version(file: InputFile) -> None:
 def _jsonl_rows(file: InputFile, start: int, stop: int, schema: pa.Schema) -> Iterator[row_batch.Rows]:
     batch: list[jsonl.Line] = []
     num_bytes = 0
+    repeated = frozenset(file.repeated)
     for line in jsonl.read_lines(file.path, file.marks, start, stop):
-        batch.append(line)
+        batch.append(openai_lines.as_row(line, repeated) if file.format == "openai_batch" else line)
         num_bytes += line.num_bytes
         if len(batch) == _JSONL_BATCH_ROWS or num_bytes > row_batch.MAX_CELL_BYTES:
             yield _from_lines(batch, schema)
@@ -125,8 +128,8 @@ def _from_lines(lines: list[jsonl.Line], schema: pa.Schema) -> row_batch.Rows:
 
 def _with_identity(table: pa.Table, shard: Shard) -> pa.Table:
     values = {
-        SHARD: pa.array(np.full(shard.num_rows, shard.index, np.int32)),
-        FILE: pa.array([shard.file] * shard.num_rows, pa.string()),
+        SHARD: pa.array(np.full(table.num_rows, shard.index, np.int32)),
+        FILE: pa.array([shard.file] * table.num_rows, pa.string()),
         ROW: pa.array(np.arange(shard.start, shard.stop, dtype=np.int64)),
         READ_ERROR: table[READ_ERROR],
     }

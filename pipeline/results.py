@@ -14,10 +14,14 @@ import pyarrow as pa
 from pipeline.counters import ALL, RunCounters, SampleFacts, slice_name
 from pipeline.dispatcher import Outcome
 from pipeline.engine import MoeShape, Timing
+from pipeline.errors import INVALID_JSON
+from pipeline.json_schemas import schema_text, violation
+from pipeline.labels import LabelRule
 from pipeline.replica import ReducedSample
 from pipeline.routing_columns import routing_column
-from pipeline.rows import ERROR, FILE, MAX_ERROR_CHARS, PROMPT_IDS, REPAIRS, ROW
-from pipeline.settings import RoutingSettings
+from pipeline.rows import ERROR, FILE, MAX_ERROR_CHARS, PROMPT_IDS, REPAIRS, ROW, sampling_texts
+from pipeline.sampling import sampling_from_json
+from pipeline.settings import RoutingSettings, SamplingSettings
 
 STAGE = "generate"
 
@@ -38,25 +42,33 @@ class _Columns:
     cumulative_logprob: list[float | None] = field(default_factory=list)
     error: list[dict[str, Any] | None] = field(default_factory=list)
     timing: list[dict[str, float] | None] = field(default_factory=list)
-    routing: list[ReducedSample | None] = field(default_factory=list)
+    sample: list[ReducedSample | None] = field(default_factory=list)
+    """What generated the row; None for a failed one."""
 
     def add_failure(self, position: int, error: dict[str, Any]) -> None:
         """Append the single output row of a failed input row."""
         self._add(position, 0, "failed", None, None, None, None, None, None, error, None, None)
 
-    def add_sample(self, position: int, sample: ReducedSample, num_cached: int, timing: Timing) -> None:
-        """Append one sample's output row."""
+    def add_sample(
+        self,
+        position: int,
+        sample: ReducedSample,
+        num_cached: int,
+        timing: Timing,
+        error: dict[str, Any] | None = None,
+    ) -> None:
+        """Append one sample's output row; with an error it is an invalid one."""
         self._add(
             position,
             sample.index,
-            sample_status(sample),
+            "invalid" if error is not None else sample_status(sample),
             sample.text,
             sample.finish_reason,
             sample.stop_reason,
             num_cached,
             sample.num_generated_tokens,
             sample.cumulative_logprob,
-            None,
+            error,
             {"queue_s": timing.queue_s, "first_token_s": timing.first_token_s, "total_s": timing.total_s},
             sample,
         )
@@ -66,7 +78,7 @@ class _Columns:
             getattr(self, name).append(value)
 
 
-OWN_COLUMNS = frozenset(_Columns.__slots__) - {"take"}
+OWN_COLUMNS = frozenset(_Columns.__slots__) - {"take", "sample"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,8 @@ class ResultBuilder:
     """Of every part; see `rows.output_schema`."""
     routing: RoutingSettings
     moe: MoeShape | None
+    labels: LabelRule | None = None
+    """Of a labelling job."""
 
     def build(self, prompts: pa.Table, outcomes: Sequence[Outcome | None]) -> tuple[pa.Table, RunCounters]:
         """Return the shard's output rows and counters; `outcomes` are in the row order of `prompts`."""
@@ -84,8 +98,9 @@ class ResultBuilder:
         lengths = _prompt_lengths(prompts)
         slices = self._slices(prompts)
         errors = prompts.column(ERROR).to_pylist()
+        sampling = sampling_texts(prompts)
         for position, outcome in enumerate(outcomes):
-            facts = _add_row(columns, position, outcome, errors[position])
+            facts = _add_row(columns, position, outcome, errors[position], sampling[position])
             counters.add_row(
                 facts,
                 num_input_tokens=lengths[position],
@@ -108,8 +123,10 @@ class ResultBuilder:
             "input_row": taken.column(ROW),
             "prompt_repairs": taken.column(REPAIRS),
             "num_input_tokens": [lengths[position] for position in columns.take],
-            "routing": self._routing(columns.routing),
+            "routing": self._routing(columns.sample),
         }
+        if self.labels is not None:
+            ours |= _label_columns(self.labels, columns.sample)
         arrays = []
         for schema_field in self.schema:
             name = schema_field.name
@@ -131,13 +148,34 @@ class ResultBuilder:
         return routing_column(routings, ids, kind, self.moe)
 
 
+def _label_columns(rule: LabelRule, samples: Sequence[ReducedSample | None]) -> dict[str, list[Any]]:
+    """The label columns, and as generated text the choice that is the most probable, whatever its confidence."""
+    logs = [sample.choice_logs if sample is not None else None for sample in samples]
+    values = [rule.columns(one) if one is not None else {} for one in logs]
+    texts = [rule.choices[one.index(max(one))] if one is not None else None for one in logs]
+    return {field.name: [value.get(field.name) for value in values] for field in rule.fields()} | {
+        "generated_text": texts
+    }
+
+
 def sample_status(sample: ReducedSample) -> str:
     """`truncated` when the token limit ended the sample, else `ok`."""
     return "truncated" if sample.finish_reason == "length" else "ok"
 
 
+def json_error(sample: ReducedSample, sampling: SamplingSettings, attempts: int) -> dict[str, Any] | None:
+    """Why a whole sample isn't the JSON that was asked for; None if it is, was cut, or nothing was asked."""
+    if not sampling.is_json or sample_status(sample) == "truncated":
+        return None
+    schema = sampling.json_schema
+    broken = violation(sample.text, None if schema is None else schema_text(schema))
+    if broken is None:
+        return None
+    return {"kind": INVALID_JSON, "message": broken, "stage": STAGE, "attempts": attempts}
+
+
 def _add_row(
-    columns: _Columns, position: int, outcome: Outcome | None, error: dict[str, Any] | None
+    columns: _Columns, position: int, outcome: Outcome | None, error: dict[str, Any] | None, sampling: str | None
 ) -> list[SampleFacts]:
     if outcome is None:
         error = error or {
@@ -158,17 +196,22 @@ def _add_row(
         }
         columns.add_failure(position, failure)
         return [SampleFacts("failed", error_kind=result.failure.kind)]
-    for sample in result.samples:
-        columns.add_sample(position, sample, result.num_cached_tokens, result.timing)
-    return [
-        SampleFacts(
-            sample_status(sample),
-            sample.num_generated_tokens,
-            routing=sample.routing,
-            routing_invalid=sample.routing_invalid,
-        )
-        for sample in result.samples
-    ]
+    settings = sampling_from_json(sampling) if sampling is not None else SamplingSettings()
+    return [_add_sample(columns, position, sample, outcome, settings) for sample in result.samples]
+
+
+def _add_sample(
+    columns: _Columns, position: int, sample: ReducedSample, outcome: Outcome, sampling: SamplingSettings
+) -> SampleFacts:
+    error = json_error(sample, sampling, outcome.attempts)
+    columns.add_sample(position, sample, outcome.result.num_cached_tokens, outcome.result.timing, error)
+    return SampleFacts(
+        columns.status[-1],
+        sample.num_generated_tokens,
+        error_kind=error["kind"] if error is not None else None,
+        routing=sample.routing,
+        routing_invalid=sample.routing_invalid,
+    )
 
 
 def _prompt_lengths(prompts: pa.Table) -> list[int | None]:

@@ -26,6 +26,8 @@ class Decision(Enum):
 
     FRESH = "fresh"
     RESUME = "resume"
+    REPLACE = "replace"
+    """A different job began there, but committed nothing: forget it, then start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def fingerprint_digest(fields: Mapping[str, str]) -> str:
 
 
 def decide(found: Found, fingerprint: Mapping[str, str], *, resume: Resume, output: str) -> Decision:
-    """Say whether a run with this fingerprint starts afresh in the output or continues what is there.
+    """Say whether a run with this fingerprint starts afresh in the output, continues what is there, or replaces it.
 
     Raises:
         SpecError: `resume` forbids what is needed, the fingerprint differs, or the data isn't from a run.
@@ -79,6 +81,8 @@ def decide(found: Found, fingerprint: Mapping[str, str], *, resume: Resume, outp
             "use if_possible to continue it, or choose an empty output.path"
         )
     changes = changed_fields(found.fingerprint, fingerprint)
+    if changes and not found.part_names and resume == "if_possible":
+        return Decision.REPLACE  # a typo that only the engine found would else cost a new output.path
     if changes:
         raise SpecError(
             f"output {output} holds results of a different job; changed since then:\n"

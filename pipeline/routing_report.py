@@ -6,11 +6,12 @@ ratios, which don't, so it has them: slice `(all)` and phase `all`. A ratio with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.counters import ALL, RunCounters
@@ -72,6 +73,8 @@ COSELECTION_SCHEMA = pa.schema(
     ]
 )
 DRIFT_SCHEMA = pa.schema([("layer", pa.int16()), ("distance", pa.float64()), ("expected_by_chance", pa.float64())])
+SLICE_DRIFT_SCHEMA = pa.schema([("slice", _NAMES), ("phase", _NAMES), *DRIFT_SCHEMA])
+DRIFT_PHASES = ("all", *PHASES)
 
 
 def experts_table(counters: RunCounters) -> pa.Table:
@@ -179,18 +182,69 @@ def drift(a: pa.Table, b: pa.Table) -> pa.Table:
     Raises:
         SpecError: the tables are of models with different layers or experts.
     """
+    load_a, load_b = _comparable_loads(a, b)
+    return _table({"layer": np.arange(len(load_a)), **_distances(load_a, load_b)}, DRIFT_SCHEMA)
+
+
+def drift_by_slice(a: pa.Table, b: pa.Table) -> pa.Table:
+    """(slice, phase, layer, distance, expected_by_chance): `drift` of each slice that both tables have, and phase.
+
+    First comes slice `(all)`, which is everything, slices that only one table has included; then the others by name.
+    Phase `all` is both phases together.
+
+    Raises:
+        SpecError: as `drift`.
+    """
+    num_layers, num_experts = _comparable_loads(a, b)[0].shape
+    names = [ALL, *sorted((slice_names(a) & slice_names(b)) - {ALL})]
+    shape = (len(names), len(DRIFT_PHASES), num_layers, num_experts)
+    loads = zip(_loads_by_slice(a, names, shape), _loads_by_slice(b, names, shape), strict=True)
+    parts = []
+    for name, (load_a, load_b) in zip(names, loads, strict=True):
+        columns = {
+            "slice": _repeat([name], len(DRIFT_PHASES) * num_layers),
+            "phase": _repeat(DRIFT_PHASES, num_layers),
+            "layer": np.tile(np.arange(num_layers), len(DRIFT_PHASES)),
+            **_distances(load_a, load_b),
+        }
+        parts.append(_table(columns, SLICE_DRIFT_SCHEMA))
+    return _concat(SLICE_DRIFT_SCHEMA, parts)
+
+
+def _distances(load_a: NDArray[np.uint64], load_b: NDArray[np.uint64]) -> dict[str, pa.Array]:
+    return {
+        "distance": _nullable(jensen_shannon_distance(shares_of(load_a), shares_of(load_b))),
+        "expected_by_chance": _nullable(chance_distance(load_a, load_b)),
+    }
+
+
+def _comparable_loads(a: pa.Table, b: pa.Table) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     load_a, load_b = _load(a), _load(b)
     if load_a.shape != load_b.shape:
         raise SpecError(
             f"drift compares runs of models with the same layers and experts, but one has {_dims(load_a)} and the "
             f"other {_dims(load_b)}; give two runs of one model, or of fine-tunes of one model"
         )
-    columns = {
-        "layer": np.arange(len(load_a)),
-        "distance": _nullable(jensen_shannon_distance(shares_of(load_a), shares_of(load_b))),
-        "expected_by_chance": _nullable(chance_distance(load_a, load_b)),
-    }
-    return _table(columns, DRIFT_SCHEMA)
+    return load_a, load_b
+
+
+def slice_names(experts: pa.Table) -> set[str]:
+    """Slices of an `experts` table; `(all)` when the run wasn't sliced."""
+    return set(pc.unique(experts["slice"].cast(pa.string())).to_pylist())
+
+
+def _loads_by_slice(experts: pa.Table, names: Sequence[str], shape: tuple[int, int, int, int]) -> NDArray[np.uint64]:
+    """[slices in the order of `names`, DRIFT_PHASES, L, E] selections; the first slice is everything."""
+    loads = np.zeros(shape, np.uint64)
+    slices = pc.index_in(experts["slice"].cast(pa.string()), value_set=pa.array(names)).fill_null(0).to_numpy()
+    phases = pc.index_in(experts["phase"].cast(pa.string()), value_set=pa.array(DRIFT_PHASES)).to_numpy()
+    cells = (phases, experts["layer"].to_numpy(), experts["expert"].to_numpy())
+    selections = experts["selections"].to_numpy()
+    np.add.at(loads, (slices, *cells), selections)
+    loads[0] = 0  # so far what is in no slice of `names`
+    np.add.at(loads[0], cells, selections)
+    loads[:, 0] = loads[:, 1:].sum(axis=1)
+    return loads
 
 
 def _load(experts: pa.Table) -> NDArray[np.uint64]:

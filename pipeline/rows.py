@@ -50,10 +50,17 @@ def prompt_fields() -> list[pa.Field]:
     """Columns that templating adds: token ids (null when failed), resolved sampling, repairs, and the failure."""
     return [
         pa.field(PROMPT_IDS, pa.list_(pa.int32())),
-        pa.field(SAMPLING, pa.string()),
+        pa.field(SAMPLING, _DICTIONARY),  # nearly all rows of a job share one text, which may hold a JSON schema
         pa.field(REPAIRS, pa.list_(pa.string())),
         pa.field(ERROR, ERROR_TYPE),
     ]
+
+
+def sampling_texts(prompts: pa.Table) -> list[str | None]:
+    """Each row's resolved sampling as JSON; equal ones are one object."""
+    column = prompts.column(SAMPLING).unify_dictionaries().combine_chunks()
+    texts = column.dictionary.to_pylist()
+    return [None if index is None else texts[index] for index in column.indices.to_pylist()]
 
 
 def routing_type(moe: MoeShape, *, tokens: bool) -> pa.StructType:
@@ -96,14 +103,16 @@ def result_fields(routing: pa.DataType | None) -> list[pa.Field]:
     ]
 
 
-def output_schema(kept: Iterable[pa.Field], routing: pa.DataType | None) -> pa.Schema:
-    """Schema of every part: the user's kept columns, then ours.
+def output_schema(
+    kept: Iterable[pa.Field], routing: pa.DataType | None, *, extra: Iterable[pa.Field] = ()
+) -> pa.Schema:
+    """Schema of every part: the user's kept columns, then ours, then those of the kind of job.
 
     Raises:
         SpecError: a kept column has the name of one of ours (as when one run's output is the next one's input).
     """
     kept = list(kept)
-    results = result_fields(routing)
+    results = [*result_fields(routing), *extra]
     ours = {field.name for field in results}
     taken = [field.name for field in kept if field.name in ours or field.name.startswith(PREFIX)]
     if taken:

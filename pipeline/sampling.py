@@ -16,7 +16,7 @@ from pipeline.errors import RowError
 from pipeline.settings import SamplingSettings
 
 STAGE = "template"
-_JOB_ONLY = ("column", "fit")
+_JOB_ONLY = ("column", "fit", "dedupe")
 _ALLOWED = tuple(name for name in SamplingSettings.model_fields if name not in _JOB_ONLY)
 _SEEDS = 2**62
 # vLLM treats smaller temperatures as greedy (vllm.sampling_params, _SAMPLING_EPS).
@@ -45,7 +45,7 @@ def row_sampling(base: SamplingSettings, override_json: str | None) -> SamplingS
     for key in override:
         if key not in _ALLOWED:
             raise _bad(_unknown(key))
-    merged = base.model_dump() | override
+    merged = base.model_dump() | _no_json(override) | override
     try:
         settings = SamplingSettings.model_validate(merged, strict=True)
     except ValidationError as error:
@@ -54,9 +54,19 @@ def row_sampling(base: SamplingSettings, override_json: str | None) -> SamplingS
     return settings
 
 
+def _no_json(override: dict[str, Any]) -> dict[str, Any]:
+    """What the job says of JSON, unsaid for a row that says something else of it."""
+    return {"json_object": False, "json_schema": None} if {"json_object", "json_schema"} & override.keys() else {}
+
+
+def is_greedy(settings: SamplingSettings) -> bool:
+    """Whether the engine takes the likeliest token each time, so that the seed doesn't matter."""
+    return settings.temperature < _GREEDY_BELOW
+
+
 def _check_together(settings: SamplingSettings) -> None:
     # The engine refuses several greedy samples: they would all be the same.
-    if settings.n > 1 and settings.temperature < _GREEDY_BELOW:
+    if settings.n > 1 and is_greedy(settings):
         raise _bad(f"`n` is {settings.n} and `temperature` {settings.temperature:g} is greedy, all equal; set `n` to 1")
 
 

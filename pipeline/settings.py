@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from pipeline.json_schemas import check_json_schema
+
 
 class Settings(BaseModel):
     """Frozen, and strict about unknown fields: a misspelt key is an error, never ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def contradiction(message: str, *, at: str) -> PydanticCustomError:
@@ -37,15 +39,30 @@ class ModelSettings(Settings):
     """Passed to vLLM's engine unchanged, e.g. `{gpu_memory_utilization: 0.92, quantization: fp8}`."""
 
 
+InputFormat = Literal["auto", "openai_batch"]
+
+
 class InputSettings(Settings):
     """Which rows."""
 
     path: str | list[str]
     """A file, directory, glob or a list of them: Parquet or JSONL; local, `s3://`, `gs://` or `abfs://`."""
+    format: InputFormat = "auto"
+    """`auto`: Parquet or JSONL, by extension; `openai_batch`: JSONL of requests as OpenAI's batch API takes them."""
     id: str | None = None
     """Your own id column: checked for nulls and duplicates. Rows are known by (input_file, input_row) regardless."""
     limit: Annotated[int, Field(ge=0)] | None = None
     """Only the first so many rows, in file order."""
+    new: Literal["all", "since_last_run"] = "all"
+    """`since_last_run`: only what no earlier run of this job has; each run gets a folder below `output.path`."""
+    new_by: Literal["file", "id", "content", "partition"] = "file"
+    """What is known again by the next run: files by path, rows by `id` or by all they hold, or days by `partition`."""
+    changed: Literal["ignore", "redo"] = "ignore"
+    """What to do about a known file, row or day that isn't as it was: leave its results, or do it again."""
+    partition: str | None = None
+    """Of `new_by: partition`: the key of the day in paths, `date` in `.../date=2026-11-20/...`. Past days are taken."""
+    timezone: str = "UTC"
+    """Of `new_by: partition`: where the day must be past."""
 
 
 class Example(Settings):
@@ -114,8 +131,14 @@ class SamplingSettings(Settings):
     """Go on past end-of-sequence up to `max_tokens` (for measurements)."""
     logprob: bool = False
     """Fill `cumulative_logprob`; costs a little speed."""
+    json_object: bool = False
+    """Every completion is a JSON object, unless `max_tokens` cuts it."""
+    json_schema: dict[str, Any] | None = None
+    """Every completion is JSON that this JSON schema allows, unless `max_tokens` cuts it."""
     fit: bool = False
     """Let `max_tokens` shrink so that a long prompt fits `max_model_len`; else such a row fails: `prompt_too_long`."""
+    dedupe: Literal["exact", "off"] = "exact"
+    """`exact`: rows with equal prompts and equal greedy sampling are run once, and all get the outcome."""
     column: str | None = None
     """Column with per-row overrides as a JSON object, e.g. `{"temperature": 0, "max_tokens": 8}`; null means none."""
 
@@ -126,6 +149,60 @@ class SamplingSettings(Settings):
                 f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower it", at="min_tokens"
             )
         return self
+
+    @property
+    def is_json(self) -> bool:
+        """Whether completions are made to be JSON."""
+        return self.json_object or self.json_schema is not None
+
+    @model_validator(mode="after")
+    def _json_can_be_followed(self) -> SamplingSettings:
+        if self.json_object and self.json_schema is not None:
+            raise contradiction("a schema says already what completions are; leave `json_object` out", at="json_object")
+        for name in ("min_tokens", "stop", "ignore_eos") if self.is_json else ():
+            if getattr(self, name):
+                raise contradiction(f"JSON ends where it is complete; leave `{name}` out", at=name)
+        if self.json_schema is not None:
+            try:
+                check_json_schema(self.json_schema)
+            except ValueError as error:
+                raise contradiction(str(error), at="json_schema") from None
+        return self
+
+
+class LabelExample(Settings):
+    """A text with its true label, shown to the model as an exchange before the row's own."""
+
+    text: str
+    """As the column would hold it."""
+    label: str
+    """One of the choices."""
+
+
+class LabelSettings(Settings):
+    """What a labelling job (`kind: label`) chooses for each row."""
+
+    text: str
+    """Column with the text to label."""
+    choices: dict[str, str] | list[str]
+    """The labels: a list, or a mapping from each to what it means, which the model is told."""
+    instructions: str = "Choose the label that fits the text best."
+    """What the model is to do, in a sentence or a paragraph."""
+    examples: list[LabelExample] = []
+    """Texts whose label is known, shown before the row's text."""
+    abstain_below: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Least probability of the most probable label; below it, `label` is `default`."""
+    default: str | None = None
+    """What `label` says of a row that isn't sure enough; null means null."""
+    review_below: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Rows less sure than this are copied to `review/*.parquet` under the output, for a person to look at."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Log-probabilities are divided by it; `tramontane calibrate` says by how much."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels, in the order given."""
+        return tuple(self.choices)
 
 
 class OutputSettings(Settings):
@@ -148,6 +225,19 @@ class RoutingSettings(Settings):
     """Column whose values get separate totals in `routing/`, e.g. a language or a domain."""
 
 
+class DriftSettings(Settings):
+    """From which difference between two runs on `tramontane diff` exits with 1; null for never."""
+
+    label: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Jensen-Shannon distance between the two runs' shares of labels: 0 is equal, 1 disjoint."""
+    confidence: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest difference between the shares of rows below a label confidence (Kolmogorov-Smirnov)."""
+    tokens: Annotated[float, Field(ge=0)] | None = None
+    """Change of the mean number of input or of generated tokens, 0.2 for a fifth more or less."""
+    routing: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Jensen-Shannon distance between the two runs' shares of experts, in the layer where it is largest."""
+
+
 class LimitSettings(Settings):
     """When to give up."""
 
@@ -161,38 +251,3 @@ class LimitSettings(Settings):
     """A replica with work but no progress for so long is killed and replaced."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """After an interrupt, how long to wait for shards already begun."""
-
-
-class PoolSettings(Settings):
-    """Replicas of one kind."""
-
-    gpu: str = "cpu"
-    """GPU type, or `cpu`."""
-    replicas: Annotated[int, Field(ge=1)] = 1
-    """Engines to start."""
-    tensor_parallel: Annotated[int, Field(ge=1)] = 1
-    """GPUs (or CPU workers) per engine."""
-    engine_args: dict[str, Any] = {}
-    """Laid over `model.engine_args` for this pool."""
-
-
-class FleetSettings(Settings):
-    """What runs the model."""
-
-    pools: Annotated[list[PoolSettings], Field(min_length=1)] = [PoolSettings()]
-    """One entry per GPU type."""
-
-
-class JobSpec(Settings):
-    """A job: one YAML file, validated."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    """Letters, digits, dot, dash and underscore; at most 64."""
-    model: ModelSettings
-    input: InputSettings
-    prompt: PromptSettings
-    sampling: SamplingSettings = SamplingSettings()
-    output: OutputSettings
-    routing: RoutingSettings = RoutingSettings()
-    limits: LimitSettings = LimitSettings()
-    fleet: FleetSettings = FleetSettings()

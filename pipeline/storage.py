@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any
-
-import fsspec
+from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import local_objects
 from pipeline.errors import InfrastructureError, SpecError
+
+if TYPE_CHECKING:
+    import fsspec
 
 # Anything else that fsspec knows (http, ssh, github, `simplecache::...`: 55 protocols) would let a path in a data file
 # or a typo reach hosts and folders that nobody meant.
@@ -53,6 +56,8 @@ def split_url(url: str) -> tuple[str, str]:
 def filesystem(url: str) -> fsspec.AbstractFileSystem:
     """Return the fsspec filesystem that serves `url`; endpoints and credentials come from the environment."""
     scheme, _ = split_url(url)
+    import fsspec  # 80 ms, which `validate` has no use for
+
     # skip_instance_cache: a cached listing from before a commit would hide committed parts.
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
 
@@ -104,6 +109,22 @@ class Store:
             local_objects.replace(self.path(name), data)
         else:
             self._fs.pipe_file(self.path(name), data)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """Write an object piece by piece: visible whole when the block ends, as by `put`, and not at all if it raises.
+
+        What goes to an object store lies in a local temporary file until then.
+        """
+        path = self.path(name)
+        if self.is_local:
+            with local_objects.writing(path) as file:
+                yield file
+            return
+        with tempfile.NamedTemporaryFile() as file:
+            yield file
+            file.flush()
+            self._fs.put_file(file.name, path)
 
     def create(self, name: str, data: bytes) -> None:
         """Make the object visible whole, only if the name is free. Put something unique in `data` to tell who won.

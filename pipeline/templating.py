@@ -12,19 +12,22 @@ Guarantees:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.chat_encoder import ChatEncoder, choose_encoder
+from pipeline.chat_encoder import ChatEncoder, EncodedChat, choose_encoder
 from pipeline.errors import RowError, SpecError
 from pipeline.jinja_child import Unreadable, python_values
 from pipeline.jinja_guard import GuardedRenderer, has_expressions, template_columns
 from pipeline.jinja_process import RenderLimits
-from pipeline.prompts import Chat, build_chat, row_messages, user_message
+from pipeline.openai_requests import COLUMNS as REQUEST_COLUMNS
+from pipeline.openai_requests import LINE, Refusal, read_request
+from pipeline.prompts import Chat, Message, build_chat, row_messages, user_message
 from pipeline.rows import MAX_ERROR_CHARS, READ_ERROR, prompt_fields
+from pipeline.samplers import Samplers
 from pipeline.sampling import row_sampling, sampling_to_json
 from pipeline.settings import PromptSettings, SamplingSettings
 
@@ -40,7 +43,11 @@ class TemplateSettings:
     model_dir: str
     """Local directory with the model's config and tokenizer."""
     max_model_len: int
+    samplers: Samplers | None = None
+    """Columns that each row draws before its prompt is made."""
     limits: RenderLimits = field(default_factory=RenderLimits)
+    requests: bool = False
+    """Whether rows are lines of OpenAI batch files, which bring prompt and sampling in columns of their own."""
 
 
 def needed_columns(prompt: PromptSettings, sampling: SamplingSettings) -> set[str]:
@@ -94,7 +101,8 @@ class TemplateStage:
             self._renderer.close()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return `table` with the columns of `rows.prompt_fields()` added."""
+        """Return `table` with the columns that samplers draw and those of `rows.prompt_fields()` added."""
+        table = self.with_samplers(table)
         prompts = self._prompts(table)
         columns = (
             [prompt.ids for prompt in prompts],
@@ -106,14 +114,34 @@ class TemplateStage:
             table = table.append_column(column, pa.array(values, column.type))
         return table
 
+    def with_samplers(self, table: pa.Table) -> pa.Table:
+        """Return `table` with the columns that its rows draw, if the job has any."""
+        return table if self._settings.samplers is None else self._settings.samplers.add_columns(table)
+
+    def chats(self, table: pa.Table) -> list[tuple[Message, ...] | None]:
+        """Each row's chat as it is before encoding; None for a row that has none. The table is as it was read."""
+        table = self.with_samplers(table)
+        chats = _column(table, self._settings.prompt.messages)
+        rendered = self._renderer.render(table) if self._renderer is not None else [[]] * table.num_rows
+        found: list[tuple[Message, ...] | None] = []
+        for messages, texts in zip(chats, rendered, strict=True):
+            try:
+                whole = None if isinstance(texts, RowError) else self._chat(_readable(messages, "bad_messages"), texts)
+                found.append(whole.messages if whole is not None else None)
+            except RowError:
+                found.append(None)
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return a prompt as the model sees it, for a preview."""
         return self._encoder.decode(ids)
 
     def _prompts(self, table: pa.Table) -> list[_Prompt]:
         unread = table.column(READ_ERROR).to_pylist() if READ_ERROR in table.column_names else [None] * table.num_rows
+        ids = _column(table, "custom_id" if self._settings.requests else None)
         prompts = [
-            _Prompt(error=RowError("bad_row", reason, "read")) if reason is not None else None for reason in unread
+            _Prompt(error=_read_error(reason, custom_id)) if reason is not None else None
+            for reason, custom_id in zip(unread, ids, strict=True)
         ]
         todo = [index for index, prompt in enumerate(prompts) if prompt is None]
         if len(todo) < table.num_rows:
@@ -123,6 +151,10 @@ class TemplateStage:
 
     def _sound_prompts(self, table: pa.Table) -> Iterator[_Prompt]:
         settings = self._settings
+        if settings.requests:
+            for line in zip(*(_column(table, name) for name in (*REQUEST_COLUMNS, LINE)), strict=True):
+                yield _contained(partial(self._request_prompt, *line))
+            return
         overrides = _column(table, settings.sampling.column)
         chats = _column(table, settings.prompt.messages)
         rendered = self._renderer.render(table) if self._renderer is not None else [[]] * table.num_rows
@@ -133,11 +165,37 @@ class TemplateStage:
         if isinstance(texts, RowError):
             raise texts
         sampling = row_sampling(self._base_sampling, _readable(override, "bad_sampling"))
-        chat = self._chat(_readable(messages, "bad_messages"), texts)
+        return self._encoded(self._chat(_readable(messages, "bad_messages"), texts), sampling)
+
+    def _request_prompt(self, custom_id: Any, method: Any, url: Any, body: Any, line: int) -> _Prompt:
+        """The prompt of a line of an OpenAI batch file; what is wrong with it names the line."""
+        try:
+            request = read_request(custom_id, method, url, body)
+            if isinstance(request, Refusal):
+                raise RowError(request.kind, request.message, STAGE)
+            sampling = row_sampling(self._base_sampling, request.sampling)
+            if request.prompt is not None:
+                return self._encoded(_raw(request.prompt), sampling, encode=self._encode_raw)
+            chat = self._chat(request.messages, [])
+            return self._encoded(replace(chat, repairs=(*request.repairs, *chat.repairs)), sampling)
+        except RowError as error:
+            raise RowError(error.kind, f"line {line}: {error.message}", error.stage) from error
+
+    def _encode_raw(self, messages: Sequence[Message]) -> EncodedChat:
+        return self._encoder.encode_text(messages[0].content)
+
+    def _encoded(
+        self,
+        chat: Chat,
+        sampling: SamplingSettings,
+        *,
+        encode: Callable[[Sequence[Message]], EncodedChat] | None = None,
+    ) -> _Prompt:
+        """Encode a chat, or with an `encode` of another kind what that takes, and make it fit."""
         least = self._least_tokens(chat)
         if least is not None:
             self._fit(sampling, least, exact=False)
-        encoded = self._encoder.encode(chat.messages)
+        encoded = (encode or self._encoder.encode)(chat.messages)
         sampling = self._fit(sampling, len(encoded.ids), exact=True)
         text = self._base_json if sampling is self._base_sampling else sampling_to_json(sampling)
         return _Prompt(ids=encoded.ids, sampling=text, repairs=(*chat.repairs, *encoded.repairs))
@@ -165,7 +223,7 @@ class TemplateStage:
         wanted = 1 if self._settings.sampling.fit else sampling.max_tokens
         size = f"{num_tokens} tokens" if exact else f"at least {num_tokens} tokens"
         cure = "shorten it or raise model.max_model_len"
-        if not self._settings.sampling.fit:
+        if not self._settings.sampling.fit and room >= 1:
             cure += ", lower sampling.max_tokens, or set sampling.fit: true"
         message = f"the prompt has {size}, which with max_tokens {wanted} is more than max_model_len {limit}; {cure}"
         raise RowError("prompt_too_long", message, STAGE)
@@ -201,6 +259,18 @@ def _contained(make: Callable[[], _Prompt]) -> _Prompt:
         return _Prompt(error=error)
     except Exception as error:  # noqa: BLE001  the row boundary: one row must not take its shard along
         return _Prompt(error=RowError("template_error", f"{type(error).__name__}: {error}", STAGE))
+
+
+def _raw(text: str) -> Chat:
+    """A text to be continued as it is, as one message without a chat around it."""
+    if not text:
+        raise RowError("empty_prompt", "the prompt is missing or empty; give a text to continue", STAGE)
+    return Chat((Message("user", text),), ())
+
+
+def _read_error(reason: str, custom_id: Any) -> RowError:
+    """Of lines that can be read, and so have an id, reading refuses only those whose id is taken."""
+    return RowError("bad_row", reason, "read") if custom_id is None else RowError("duplicate_custom_id", reason, "read")
 
 
 def _column(table: pa.Table, name: str | None) -> list[Any]:

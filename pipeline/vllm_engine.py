@@ -7,19 +7,27 @@ from 0.22 to 0.33. What differs between versions is probed for, never compared b
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Request, Sample, Timing
+from pipeline.choice_requests import Answer, OpenChoices
+from pipeline.choices import ChoiceTree
+from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Piece, Request
+from pipeline.engine_arguments import likely_name
 from pipeline.errors import RequestRefused, SpecError
-from pipeline.model import read_config, routing_layers
-from pipeline.settings import SamplingSettings
+from pipeline.json_schemas import schema_text
+from pipeline.model import fetch_model, read_config, routing_layers
+from pipeline.settings import ModelSettings, SamplingSettings
+from pipeline.vllm_outputs import convert
+from pipeline.vllm_streams import OpenStreams
+
+CORE_WATCH_INTERVAL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class VllmEngineConfig:
     num_threads: int = 1
     """CPU build only: threads of the forward pass."""
     engine_args: dict[str, Any] = field(default_factory=dict)
+    source: ModelSettings | None = None
+    """Where to get the model on a node that hasn't got it at `model_path`; None: it must be there."""
 
     @property
     def max_num_seqs(self) -> int:
@@ -68,9 +78,12 @@ class VllmEngineConfig:
         """Load the model; takes 8 s for a tiny one on CPU, minutes for Mixtral 8x7B.
 
         Raises:
-            SpecError: an engine argument that this vLLM doesn't know, or a value that it refuses.
+            SpecError: an engine argument that this vLLM doesn't know, or a value that it refuses; a model that isn't
+                on this node and can't be had from here.
         """
-        return VllmEngine(self)
+        if self.source is None or Path(self.model_path, "config.json").is_file():
+            return VllmEngine(self)
+        return VllmEngine(replace(self, model_path=fetch_model(self.source).path))
 
 
 class VllmEngine:
@@ -89,42 +102,117 @@ class VllmEngine:
             raise SpecError(f"vLLM refuses these settings: {reasons[:800]}; correct the spec") from error
         # vLLM fills in zeros for layers without a router, which no guard could tell from a broken capture.
         self._layers = routing_layers(read_config(Path(config.model_path) / "config.json"))
+        self._choices = OpenChoices()
+        self._streams = OpenStreams(self._layers)
+        self._logged: set[str] = set()
+        """Requests in one piece that ask for their tokens' log-probabilities."""
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch_core, name="core-watch", daemon=True).start()
         vllm_config = self._engine.vllm_config
         self.info = EngineInfo(
             max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
             max_model_len=vllm_config.model_config.max_model_len,
             moe=config.moe,
             versions=_versions(),
+            lookahead=lookahead(vllm_config.scheduler_config.max_num_seqs) if _core_runs_ahead() else 0,
         )
 
     def add(self, request: Request) -> None:
         """Queue one request; see `Engine.add`."""
+        if request.choices is not None:
+            self._add_choices(request, request.choices)
+        else:
+            params = _sampling_params(request.sampling, request.seed)
+            _ask_for_more(params, request)
+            self._add(request.request_id, list(request.prompt_token_ids), params, request.priority)
+            if request.stream:
+                self._streams.open(request.request_id, request.sampling.n)
+            elif request.num_top_logs is not None:
+                self._logged.add(request.request_id)
+
+    def _add_choices(self, request: Request, tree: ChoiceTree) -> None:
+        probes = self._choices.open(request, tree)
+        try:
+            for probe in probes:
+                self._add(probe.probe_id, probe.prompt_token_ids, _probe_params(probe.tokens), request.priority)
+        except RequestRefused:
+            self.abort([request.request_id])
+            raise
+
+    def _add(self, request_id: str, prompt_token_ids: list[int], params: Any, priority: int) -> None:
         from vllm.inputs import TokensPrompt
 
+        prompt = TokensPrompt(prompt_token_ids=prompt_token_ids)
         try:
-            self._engine.add_request(
-                request.request_id,
-                TokensPrompt(prompt_token_ids=list(request.prompt_token_ids)),
-                _sampling_params(request.sampling, request.seed),
-                priority=request.priority,
-            )
+            self._engine.add_request(request_id, prompt, params, priority=priority)
         except (_refusal(), ValueError, TypeError) as error:  # nothing was queued
             raise RequestRefused(f"the engine refused the request: {error}") from error
 
-    def step(self) -> Sequence[Completion | Failure]:
+    def step(self) -> Sequence[Completion | Failure | Piece]:
         """Advance all running requests by one step; see `Engine.step`."""
         if not self._engine.has_unfinished_requests():
             return []
-        return [_convert(output, self._layers) for output in self._engine.step() if output.finished]
+        streamed, outputs = self._streams.take(self._engine.step()) if self._streams else ([], self._engine.step())
+        finished = [output for output in outputs if output.finished]
+        probes = [output for output in finished if output.request_id in self._choices]
+        ended = [self._ended(output) for output in finished if output.request_id not in self._choices]
+        return [*streamed, *ended, *(one for one in map(self._take_probe, probes) if one is not None)]
+
+    def _ended(self, output: Any) -> Completion | Failure:
+        with_logs = output.request_id in self._logged
+        if with_logs:
+            self._logged.discard(output.request_id)
+        return convert(output, self._layers, with_logs=with_logs)
+
+    def _take_probe(self, output: Any) -> Completion | Failure | None:
+        converted = convert(output, self._layers)
+        if output.request_id not in self._choices:  # another one of its request has failed in this step
+            return None
+        if isinstance(converted, Failure):
+            request_id = self._choices.request_of(output.request_id)
+            self.abort([request_id])
+            return Failure(request_id, converted.kind, converted.message)
+        [sample] = converted.samples
+        logs = {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
+        answer = Answer(logs, sample.routed_experts, converted.num_cached_tokens, converted.timing)
+        return self._choices.answer(output.request_id, answer)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forget these requests."""
-        self._engine.abort_request(list(request_ids))
+        self._streams.forget(request_ids)
+        self._logged.difference_update(request_ids)
+        self._engine.abort_request([*request_ids, *self._choices.forget(request_ids)])
+
+    def _watch_core(self) -> None:
+        """Wake up `step` when a core in a process of its own has died.
+
+        vLLM 0.30's synchronous client notices in 0.1 s, ends its receiving thread, and lets `step` wait for ever.
+        """
+        core = self._engine.engine_core
+        resources, outputs = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
+        if resources is None or outputs is None:
+            return
+        while not self._closed.wait(CORE_WATCH_INTERVAL_S):
+            if resources.engine_dead:
+                outputs.put_nowait(RuntimeError("the engine core's process died"))
+                return
 
     def close(self) -> None:
         """Stop the engine's own processes, if it has any."""
+        self._closed.set()
         with contextlib.suppress(Exception):
             self._engine.engine_core.shutdown()
+
+
+def lookahead(max_num_seqs: int) -> int:
+    """Requests that a core in a process of its own should hold in store: it takes several steps between our looks."""
+    return max(4, max_num_seqs // 8)
+
+
+def _core_runs_ahead() -> bool:
+    from vllm import envs
+
+    return bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
 
 
 def _engine_args(config: VllmEngineConfig) -> Any:
@@ -138,7 +226,6 @@ def _engine_args(config: VllmEngineConfig) -> Any:
         "tokenizer_mode": "hf",
         "config_format": "hf",
         "load_format": "safetensors",  # never pickled weights; `dummy` may be asked for
-        "scheduling_policy": "priority",
         **config.engine_args,
         "model": config.model_path,
         "dtype": config.dtype,
@@ -146,7 +233,11 @@ def _engine_args(config: VllmEngineConfig) -> Any:
         "tensor_parallel_size": config.tensor_parallel,
         "enable_return_routed_experts": config.moe is not None,
         "trust_remote_code": False,
+        # Under `fcfs`, the default, vLLM takes a priority and ignores it without a word. Costs 0.4 us a request.
+        "scheduling_policy": "priority",
         "disable_log_stats": False,  # per-request timings
+        # The default, xgrammar, drops what it doesn't know and lets control characters into strings; this refuses both.
+        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
         "seed": 0,
     }
     if config.on_cpu:
@@ -158,17 +249,11 @@ def _engine_args(config: VllmEngineConfig) -> Any:
         # Inside a placement group vLLM would pick `ray`, which CPU doesn't support and which may join another cluster.
         args.setdefault("distributed_executor_backend", "mp")
     known = {field.name for field in fields(EngineArgs)}
-    _check_names(config.engine_args, known)
-    return EngineArgs(**{name: value for name, value in args.items() if name in known})
-
-
-def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse misspelt names here, with the likely one: every replica would fail to start, one after the other."""
-    for name in given:
+    for name in config.engine_args:  # here, too, if the driver's machine has no vLLM: each replica would fail to start
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            cure = f"did you mean `{close[0]}`?" if close else "leave it out, or correct it"
+            cure = likely_name(name, known)
             raise SpecError(f"engine_args: `{name}` is not an engine argument of the installed vLLM; {cure}")
+    return EngineArgs(**{name: value for name, value in args.items() if name in known})
 
 
 def _stay_in_this_cluster() -> None:
@@ -198,31 +283,41 @@ def _sampling_params(sampling: SamplingSettings, seed: int | None) -> Any:
         stop=list(sampling.stop) or None,
         ignore_eos=sampling.ignore_eos,
         logprobs=0 if sampling.logprob else None,
+        structured_outputs=_structured_outputs(sampling),
         # CUMULATIVE, the default, makes an object per token and loses all but one of n samples.
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _convert(output: Any, layers: Sequence[int]) -> Completion | Failure:
-    bad = next((o for o in output.outputs if o.finish_reason not in ("stop", "length")), None)
-    if bad is not None:
-        return Failure(output.request_id, "request_error", f"the engine ended the request with {bad.finish_reason!r}")
-    samples = tuple(_sample(o, layers) for o in sorted(output.outputs, key=lambda o: o.index))
-    return Completion(output.request_id, samples, output.num_cached_tokens or 0, _timing(output.metrics))
+def _structured_outputs(sampling: SamplingSettings) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if sampling.json_schema is not None:
+        return StructuredOutputsParams(json=schema_text(sampling.json_schema))
+    return StructuredOutputsParams(json_object=True) if sampling.json_object else None
 
 
-def _sample(output: Any, layers: Sequence[int]) -> Sample:
-    routed = getattr(output, "routed_experts", None)
-    if routed is not None and routed.ndim == 3 and len(layers) < routed.shape[1]:
-        routed = routed[:, layers]
-    return Sample(
-        index=output.index,
-        text=output.text,
-        token_ids=tuple(output.token_ids),
-        finish_reason=output.finish_reason,
-        stop_reason=None if output.stop_reason is None else str(output.stop_reason),
-        cumulative_logprob=output.cumulative_logprob,
-        routed_experts=routed,
+def _ask_for_more(params: Any, request: Request) -> None:
+    """Have vLLM tell of a request as it goes on, or of its tokens' probabilities, where somebody waits for that."""
+    from vllm.sampling_params import RequestOutputKind
+
+    if request.stream:
+        params.output_kind = RequestOutputKind.DELTA
+    if request.num_top_logs is not None:
+        params.logprobs = request.num_top_logs
+
+
+def _probe_params(tokens: Sequence[int]) -> Any:
+    """For one token, of which only the probabilities of `tokens` are wanted."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        logprob_token_ids=list(tokens),
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
@@ -232,17 +327,6 @@ def _refusal() -> type[Exception]:
 
     refusal: type[Exception] = getattr(vllm.exceptions, "VLLMValidationError", ValueError)
     return refusal
-
-
-def _timing(metrics: Any) -> Timing:
-    if metrics is None or not metrics.queued_ts:
-        return Timing(0.0, 0.0, 0.0)
-    queued = metrics.queued_ts  # the three stamps share one monotonic clock; arrival_time is wall clock
-    return Timing(
-        queue_s=max(0.0, metrics.scheduled_ts - queued),
-        first_token_s=max(0.0, metrics.first_token_ts - queued),
-        total_s=max(0.0, metrics.last_token_ts - queued),
-    )
 
 
 def _versions() -> dict[str, str]:
