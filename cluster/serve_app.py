@@ -1,0 +1,166 @@
+"""The endpoint as a Ray Serve application on a warm fleet: same replica actors, no second copy of the weights.
+
+One ingress on the cluster's head node, beside Serve's proxy and the fleet's own actor; it takes no GPU, and no CPU that
+a run's stages would be waiting for. Invariant: it starts no engine and ends none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.serve_settings import ServeSettings
+from cluster.warm import HEAD, WarmFleet, describe_fleet, find_fleet
+from pipeline.errors import InfrastructureError, SpecError
+
+APPLICATION = "tramontane"
+DEPLOYMENT = "endpoint"
+MAX_ONGOING = 5000
+"""More than `serve_http.MAX_OPEN`, so that it is the endpoint that refuses, in OpenAI's words; Serve's default is 5."""
+START_TIMEOUT_S = 120.0
+
+
+class Ingress:
+    """What Serve runs: one endpoint."""
+
+    def __init__(self, fleet: str, settings: ServeSettings) -> None:
+        """Find the fleet and load its tokenizer; runs on Serve's event loop, before there are requests.
+
+        Raises:
+            SpecError: there is no such fleet, or its model can't be had.
+        """
+        from cluster.serve_generation import Generation
+
+        handle = find_fleet(fleet)
+        self._settings = settings
+        self._warm = describe_fleet(handle)
+        self._prompts = _prompt_maker(self._warm, settings)
+        self._generation = Generation(handle, settings)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The ASGI application; Serve asks for it after the constructor."""
+        from openai.types import Model
+
+        from cluster.serve_api import Endpoint, make_app
+        from cluster.serve_metrics import Metrics
+
+        name = self._settings.model_name or self._warm.name
+        model = Model(id=name, created=int(self._warm.started_at), object="model", owned_by=APPLICATION)
+        metrics = Metrics(self._generation.replica_loads, self._warm.moe)
+        return make_app(Endpoint(model, self._prompts, self._generation, metrics, self._settings))
+
+    async def check_health(self) -> None:
+        """Raise once the fleet is gone; Serve then starts another ingress, which looks for it anew."""
+        if self._generation.failure is not None:
+            raise InfrastructureError(self._generation.failure)
+
+    async def drain(self) -> bool:
+        """Let nobody in any more and wait for the rest; returns whether all is done."""
+        return await self._generation.drain()
+
+    async def num_replicas(self) -> int:
+        """Replicas of the fleet that it can send requests to."""
+        return self._generation.num_replicas
+
+
+def _prompt_maker(warm: WarmFleet, settings: ServeSettings) -> Any:
+    from pathlib import Path
+
+    from cluster.serve_prompts import PromptMaker
+    from pipeline.model import fetch_model, read_config
+
+    files = fetch_model(warm.model, weights=False)
+    vocab_size = int(read_config(Path(files.path) / "config.json")["vocab_size"])
+    return PromptMaker(
+        str(files.path), max_model_len=warm.model.max_model_len, vocab_size=vocab_size, settings=settings
+    )
+
+
+def application(fleet: str, settings: ServeSettings) -> Any:
+    """The Serve application of an endpoint on the fleet of this name."""
+    from ray import serve
+
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=1,  # rate and queue limits are counted here
+        max_ongoing_requests=MAX_ONGOING,
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
+        graceful_shutdown_timeout_s=settings.drain_timeout_s + 5,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=2,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )(serve.ingress()(Ingress))
+    return deployment.bind(fleet, settings)
+
+
+def check_reach(settings: ServeSettings) -> None:
+    """Refuse to be reachable from elsewhere for anybody.
+
+    Raises:
+        SpecError: the address is no loopback, and no keys are set.
+    """
+    if not settings.is_loopback and settings.keys is None:
+        raise SpecError(
+            f"host {settings.host!r} can be reached from other machines, but no API keys are set; make one with "
+            "`tramontane key NAME --keys FILE` and give `--keys FILE`, or listen on 127.0.0.1"
+        )
+
+
+def start_endpoint(fleet: str, settings: ServeSettings) -> None:
+    """Start the endpoint in the Ray that this process is connected to; returns when it answers.
+
+    Raises:
+        SpecError: `check_reach`, no such fleet, or Serve runs already with another address.
+        InfrastructureError: it doesn't start.
+    """
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
+    check_reach(settings)
+    find_fleet(fleet)
+    _check_free()
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 30},
+    )
+    try:
+        serve.run(application(fleet, settings), name=APPLICATION, route_prefix="/", blocking=False)
+    except (RuntimeError, TimeoutError) as error:
+        serve.shutdown()
+        raise InfrastructureError(f"the endpoint doesn't start: {str(error)[:1000]}") from error
+
+
+def endpoint_problem() -> str | None:
+    """What keeps the endpoint from answering, in Serve's words; None when nothing does."""
+    from ray import serve
+
+    found = serve.status().applications.get(APPLICATION)
+    if found is None:
+        return "its application is gone"
+    return None if found.status == "RUNNING" else f"{found.status}: {found.message[:500]}"
+
+
+def end_endpoint() -> bool:
+    """Drain the endpoint and end Serve; returns whether every answer was given to its end."""
+    import ray
+    from ray import serve
+
+    done = False
+    try:
+        handle = serve.get_app_handle(APPLICATION)
+        done = bool(handle.drain.remote().result())
+    except (ray.exceptions.RayError, serve.exceptions.RayServeException):
+        pass  # it died
+    serve.shutdown()
+    return done
+
+
+def _check_free() -> None:
+    from ray import serve
+
+    running = serve.status()
+    if running.applications or running.proxies:
+        names = ", ".join(running.applications) or "none yet"
+        raise SpecError(
+            f"Ray Serve runs on this cluster already (applications: {names}); end it with `serve shutdown`, or serve "
+            "from another cluster"
+        )
