@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import RunError
+from jobs.cli_cluster import add_cluster_commands
+from jobs.cli_diff import add_diff_command
+from jobs.cli_export import add_export_command
+from jobs.cli_schedule import add_schedule_commands
+from jobs.cli_serve import add_serve_commands
+from jobs.cli_submit import add_submit_commands, print_job_status
 
 app = typer.Typer(
     name="tramontane",
@@ -27,27 +31,16 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field, e.g. sampling.temperature=0", metavar="FIELD=VALUE"),
 ]
+Output = Annotated[str, typer.Argument(help="A run's output directory or URL, or its spec.", metavar="OUTPUT")]
+OfCluster = Annotated[
+    str | None, typer.Option("--address", help="The job OUTPUT of that cluster, by its id or spec.", metavar="URL")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray", envvar="RAY_ADDRESS", help="Ray cluster to work in; else one of its own.", metavar="ADDRESS"),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
-
-
-def main() -> None:
-    """Entry point; turns a RunError into its message and exit code, and has a word to say when interrupted."""
-    try:
-        app()
-    except RunError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except SystemExit as end:
-        # Typer turns Ctrl-C into this. Once rows are being done, `jobs.supervise` handles it, so none is yet.
-        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
-            print("interrupted before any row was done; rerun the same command", file=sys.stderr)
-        raise
-    except Exception as error:  # noqa: BLE001
-        # The last boundary: Python's own exit code 1 would read as "done, with too many failed rows".
-        traceback.print_exc()
-        print(f"error: unexpected {type(error).__name__}; committed rows are safe; rerun", file=sys.stderr)
-        sys.exit(3)
 
 
 def _print_version(wanted: bool) -> None:
@@ -142,17 +135,25 @@ def plan(
     spec: SpecPath,
     overrides: Overrides = None,
     sample: Annotated[int, typer.Option(min=1, help="Rows to tokenize; smaller inputs are exact.", metavar="N")] = 2000,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="Plan for GPUs that may not be there.", metavar="TYPE:GPUSxNODES")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", envvar="RAY_ADDRESS", help="Ray cluster to plan for.", metavar="ADDRESS")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would do; touches nothing.
+    """Say what a run would do, and take on GPUs; touches nothing.
 
-    Example: tramontane plan job.yaml
+    Example: tramontane plan job.yaml --assume H100-80G:8x4
     """
-    from jobs.estimate import estimate, estimate_lines
+    from jobs.estimate import estimate, estimate_lines, machines_of
     from jobs.prepare import prepare
     from jobs.spec import load_spec
 
-    report = estimate(prepare(load_spec(spec, overrides or []), weights=False), sample_rows=sample)
+    loaded = load_spec(spec, overrides or [])
+    machines = machines_of(loaded, assume or [], ray)
+    report = estimate(prepare(loaded, weights=False), sample_rows=sample, machines=machines)
     if as_json:
         _print_json(report)
     else:
@@ -164,6 +165,7 @@ def preview(
     spec: SpecPath,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows, spread over the input.", metavar="N")] = 10,
+    ray: RayAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a few rows and print them; the output stays as it is.
@@ -174,7 +176,7 @@ def preview(
     from jobs.preview import preview_lines, run_preview
     from jobs.spec import load_spec
 
-    report = run_preview(prepare(load_spec(spec, overrides or [])), num_rows=rows, say=_say)
+    report = run_preview(prepare(load_spec(spec, overrides or [])), num_rows=rows, say=_say, ray=ray)
     if as_json:
         _print_json(report)
     else:
@@ -189,6 +191,10 @@ def run(
     no_retry_failed: Annotated[
         bool, typer.Option("--no-retry-failed", help="Leave rows alone that failed in an earlier execution.")
     ] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Incremental: go on with settings that changed.")
+    ] = False,
+    ray: RayAddress = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -198,7 +204,8 @@ def run(
     """
     from jobs.run import RunOptions
 
-    _run(spec, overrides, RunOptions(retry_failed=not no_retry_failed, quiet=quiet), as_json=as_json)
+    options = RunOptions(retry_failed=not no_retry_failed, accept_changes=accept_changes, quiet=quiet, ray=ray)
+    _run(spec, overrides, options, as_json=as_json)
 
 
 @app.command()
@@ -209,6 +216,7 @@ def retry(
         list[str] | None, typer.Option(help="Rows with this status instead of `failed`.", metavar="STATUS")
     ] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Only rows with this error kind.", metavar="KIND")] = None,
+    ray: RayAddress = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -217,28 +225,38 @@ def retry(
     Example: tramontane retry job.yaml --kind engine_crash
     """
     from jobs.run import RunOptions
-    from pipeline.errors import SpecError
+    from pipeline.errors import ERROR_KINDS, INVALID_JSON, SpecError
     from pipeline.rows import STATUSES
 
     statuses = tuple(status or ("failed",))
     unknown = [name for name in statuses if name not in STATUSES]
     if unknown:
         raise SpecError(f"--status {unknown[0]!r} is unknown; use one of {', '.join(STATUSES)}")
-    options = RunOptions(only_failed=True, statuses=statuses, kinds=tuple(kind) if kind else None, quiet=quiet)
+    kinds = tuple(kind) if kind else None
+    for name in kinds or ():
+        if name == INVALID_JSON:
+            raise SpecError(f"--kind {name!r} is of rows that are invalid, not failed; use `--status invalid`")
+        if name not in ERROR_KINDS:
+            raise SpecError(f"--kind {name!r} is unknown; use one of {', '.join(sorted(ERROR_KINDS))}")
+    options = RunOptions(only_failed=True, statuses=statuses, kinds=kinds, quiet=quiet, ray=ray)
     _run(spec, overrides, options, as_json=as_json)
 
 
 @app.command()
 def status(
-    output: Annotated[str, typer.Argument(help="The run's output directory or URL, or its spec.", metavar="OUTPUT")],
+    output: Output,
+    address: OfCluster = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far a run is, from its files alone.
+    """Show how far a run is, from its files or its cluster.
 
     Example: tramontane status out/demo/result
     """
     from jobs.status import read_status, status_lines
 
+    if address is not None:
+        print_job_status(output, address, as_json=as_json)
+        return
     report = read_status(output)
     if as_json:
         _print_json(report)
@@ -246,24 +264,87 @@ def status(
         print("\n".join(status_lines(report)))
 
 
+@app.command()
+def drift(a: Output, b: Output, as_json: AsJson = False) -> None:
+    """Compare which experts two outputs used, layer by layer.
+
+    Example: tramontane drift out/monday out/tuesday
+    """
+    from jobs.drift import drift_lines, read_drift
+
+    report = read_drift(a, b)
+    if as_json:
+        _print_json(report)
+    else:
+        print("\n".join(drift_lines(report)))
+
+
+@app.command()
+def calibrate(
+    output: Output,
+    gold: Annotated[str, typer.Option(help="Column of the output with each row's true label.", metavar="COLUMN")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Also write the reliability diagram there, as SVG.", metavar="FILE")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare labels with true ones, and fit the temperature.
+
+    Example: tramontane calibrate out/labels --gold true_label
+    """
+    from jobs.calibrate import calibration_lines, read_calibration, reliability_svg, write_plot
+
+    report = read_calibration(output, gold)
+    if plot is not None:
+        write_plot(plot, reliability_svg(report))
+    if as_json:
+        _print_json(report)
+    else:
+        print("\n".join(calibration_lines(report)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a spec, for editors.
+
+    Example: tramontane schema
+    """
+    from jobs.spec import spec_json_schema
+
+    _print_json(spec_json_schema())
+
+
+add_cluster_commands(app)
+add_diff_command(app)
+add_export_command(app)
+add_submit_commands(app)
+add_serve_commands(app)
+add_schedule_commands(app)
+
+
 def _run(spec: Path, overrides: list[str] | None, options: Any, *, as_json: bool) -> None:
+    from jobs.incremental import run_if_incremental
     from jobs.prepare import prepare
     from jobs.report import closing_lines, id_warnings
     from jobs.run import run_job
     from jobs.spec import load_spec
+    from jobs.synthesis import run_synthesis
 
     began = datetime.now(UTC)
-    job = prepare(load_spec(spec, overrides or []))
-    for line in id_warnings(job):
-        _say(line)
-    summary = run_job(job, options, say=_say)
     settings = [word for override in overrides or [] for word in ("--set", override)]
-    for line in closing_lines(job, summary, spec_words=[str(spec), *settings], began=began):
-        _say(line)
+
+    def close(job: Any, summary: Any) -> None:
+        for line in closing_lines(job, summary, spec_words=[str(spec), *settings], began=began):
+            _say(line)
+
+    loaded = load_spec(spec, overrides or [])
+    if (summary := run_if_incremental(loaded, options, say=_say, finished=close)) is None:
+        job = prepare(loaded)
+        for line in id_warnings(job):
+            _say(line)
+        run_whole = run_job if job.spec.synthesize is None else run_synthesis
+        summary = run_whole(job, options, say=_say)
+        close(job, summary)
     if as_json:
         _print_json(summary)
     raise typer.Exit(summary["exit_code"])
-
-
-if __name__ == "__main__":
-    main()

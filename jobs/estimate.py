@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
+from cluster.capacity import describe_nodes
+from cluster.hardware import Hardware, assumed_hardware, seen_hardware
+from cluster.nodes import read_nodes
+from cluster.roofline import TokenTotal, Work
+from jobs.chain import read_chain
+from jobs.gpu_plan import Question, expected_output, plan_gpus
+from jobs.gpu_plan_text import gpu_lines
+from jobs.job_spec import JobSpec
 from jobs.prepare import PreparedJob
+from jobs.spec_incremental import SINCE_LAST_RUN
 from pipeline.ledger import Ledger
 from pipeline.parts import committed_parts
 from pipeline.read import read_shard
 from pipeline.resume import changed_fields, fingerprint_digest
-from pipeline.rows import ERROR, PROMPT_IDS, SAMPLING
+from pipeline.rows import ERROR, PROMPT_IDS, sampling_texts
 from pipeline.sampling import sampling_from_json
 from pipeline.storage import Store
 from pipeline.templating import TemplateStage
@@ -36,7 +46,19 @@ class _Seen:
     errors: Counter[str] = field(default_factory=Counter)
 
 
-def estimate(job: PreparedJob, *, sample_rows: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """What the job is to be planned on."""
+
+    hardware: Hardware | None = None
+    """None when no cluster was looked at."""
+    assumed: bool = False
+    """Supposed rather than seen."""
+    where: str = "none was looked at; name one with --ray ADDRESS, or suppose one: --assume H100-80G:8x4"
+    """In words."""
+
+
+def estimate(job: PreparedJob, *, sample_rows: int, machines: Machines | None = None) -> dict[str, Any]:
     """Template the rows, or an even sample of shards with at least `sample_rows` rows, and add it all up."""
     plan = job.plan
     chosen = even_sample(plan.num_shards, math.ceil(sample_rows / plan.rows_per_shard))
@@ -48,6 +70,9 @@ def estimate(job: PreparedJob, *, sample_rows: int) -> dict[str, Any]:
     finally:
         stage.close()
     exact = len(chosen) == plan.num_shards
+    looked_at = len(seen.input_tokens) + seen.errors.total()
+    input_tokens = total_with_interval(seen.input_tokens, seen.errors.total(), plan.num_rows)
+    output_limit = total_with_interval(seen.output_limit, seen.errors.total(), plan.num_rows)
     return {
         "name": job.spec.name,
         "files": len(plan.files),
@@ -55,18 +80,62 @@ def estimate(job: PreparedJob, *, sample_rows: int) -> dict[str, Any]:
         "rows": plan.num_rows,
         "shards": plan.num_shards,
         "rows_per_shard": plan.rows_per_shard,
-        "rows_tokenized": len(seen.input_tokens) + seen.errors.total(),
+        "rows_tokenized": looked_at,
         "exact": exact,
-        "input_tokens": total_with_interval(seen.input_tokens, seen.errors.total(), plan.num_rows),
-        "max_output_tokens": total_with_interval(seen.output_limit, seen.errors.total(), plan.num_rows),
+        "input_tokens": input_tokens,
+        "max_output_tokens": output_limit,
         "longest_prompt": max(seen.input_tokens, default=0),
         "rows_that_will_fail": dict(seen.errors),
+        "too_many_will_fail": too_many_will_fail(job, seen.errors.total(), looked_at),
         "output": describe_output(job),
         "model": job.model.describe(),
         "routing_off_because": job.routing_off_because,
         "fleet": [pool.model_dump(mode="json") for pool in job.spec.fleet.pools],
+        "gpus": _gpus(job, input_tokens, output_limit, machines or Machines()),
         "fingerprint": fingerprint_digest(job.fingerprint),
     }
+
+
+def too_many_will_fail(job: PreparedJob, failing: int, looked_at: int) -> bool:
+    """Whether rows that can't be templated alone are, by their share of those looked at, more than the limit allows."""
+    return failing > job.spec.limits.max_failed_fraction * looked_at
+
+
+def _gpus(job: PreparedJob, inputs: dict[str, int], limit: dict[str, int], machines: Machines) -> dict[str, Any]:
+    """What the job would take on GPUs."""
+    spec, is_exact = job.spec, job.spec.sampling.ignore_eos
+    output = expected_output(TokenTotal(**limit), is_exact=is_exact)
+    work = Work(job.plan.num_rows * spec.sampling.n, TokenTotal(**inputs), output)
+    question = Question(spec.fleet, spec.model, job.model.path, work)
+    planned = plan_gpus(question, machines.hardware, assumed=machines.assumed)
+    return {
+        "cluster": machines.where,
+        "notes": list(planned.notes),
+        "output_tokens": asdict(output),
+        "output_is_exact": is_exact,
+        "pools": [pool.to_json() for pool in planned.pools],
+        "total": planned.total(),
+    }
+
+
+def machines_of(spec: JobSpec, assume: Sequence[str], ray: str | None) -> Machines:
+    """What to plan on: what is assumed, else the cluster that is named, else nothing.
+
+    Raises:
+        SpecError: an assumption is malformed, or there is no such cluster.
+    """
+    if assume:
+        hardware = assumed_hardware(assume, spec.fleet.gpu_types)
+        nodes = ", ".join(f"{kind.num_nodes} x {kind.gpus_per_node} {kind.gpu}" for kind in hardware.kinds)
+        return Machines(hardware, assumed=True, where=f"assumed: {nodes} (nodes x GPUs)")
+    if ray in (None, "local"):
+        return Machines()
+    from jobs.ray_session import ray_session
+
+    with ray_session(ray):
+        nodes_seen = read_nodes()
+    hardware = seen_hardware(nodes_seen, spec.fleet.gpu_types)
+    return Machines(hardware, where=f"at {ray}: {describe_nodes(nodes_seen)}")
 
 
 def even_sample(num_items: int, wanted: int) -> list[int]:
@@ -99,6 +168,8 @@ def describe_output(job: PreparedJob) -> dict[str, Any]:
     store = Store(job.spec.output.path)
     ledger = Ledger(store)
     stored = ledger.fingerprint()
+    if job.spec.input.new == SINCE_LAST_RUN:
+        return {"path": store.root, "state": f"{len(read_chain(store).effective):,} runs, this would be the next"}
     if stored is None:
         return {"path": store.root, "state": "empty" if not committed_parts(store) else "unknown files"}
     changes = changed_fields(stored, job.fingerprint)
@@ -116,11 +187,13 @@ def estimate_lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"input     {report['rows']:,} rows in {report['files']:,} files, {report['input_bytes']:,} bytes",
         f"shards    {report['shards']:,} of up to {report['rows_per_shard']:,} rows",
-        f"prompts   {_total(tokens, report)} tokens; longest {report['longest_prompt']:,} of the rows looked at",
+        f"prompts   {_total(tokens, report)} tokens; longest that fits {report['longest_prompt']:,}",
         f"output    at most {_total(limit, report)} tokens (n x max_tokens; most answers are shorter)",
     ]
     failing = ", ".join(f"{kind} {count:,}" for kind, count in report["rows_that_will_fail"].items())
     lines.append(f"failures  {failing or 'none'} of {report['rows_tokenized']:,} rows looked at")
+    if report["too_many_will_fail"]:
+        lines.append("          more than limits.max_failed_fraction allows: the run would stop early, exit code 1")
     model = report["model"]
     shape = (
         f"{model['layers']} layers x {model['experts']} experts, top {model['top_k']}" if model["experts"] else "dense"
@@ -129,10 +202,17 @@ def estimate_lines(report: dict[str, Any]) -> list[str]:
     if report["routing_off_because"]:
         lines.append(f"routing   off: {report['routing_off_because']}")
     for pool in report["fleet"]:
-        lines.append(f"fleet     {pool['replicas']} x {pool['gpu']}, tensor parallel {pool['tensor_parallel']}")
+        lines.append(
+            f"fleet     {_replicas(pool['replicas'])} x {pool['gpu']}, tensor parallel {pool['tensor_parallel']}"
+        )
+    lines += gpu_lines(report["gpus"])
     lines.append(f"writes    {output['path']}: {output['state']}{_committed(output)}")
     lines += [f"          changed: {change}" for change in output.get("changed", [])]
     return lines
+
+
+def _replicas(replicas: int | str | dict[str, int]) -> str:
+    return f"{replicas['min']} to {replicas['max']}" if isinstance(replicas, dict) else str(replicas)
 
 
 def _total(total: dict[str, int], report: dict[str, Any]) -> str:
@@ -148,7 +228,7 @@ def _committed(output: dict[str, Any]) -> str:
 
 
 def _look(prompts: pa.Table, seen: _Seen) -> None:
-    columns = (prompts.column(name).to_pylist() for name in (PROMPT_IDS, SAMPLING, ERROR))
+    columns = (prompts.column(PROMPT_IDS).to_pylist(), sampling_texts(prompts), prompts.column(ERROR).to_pylist())
     for ids, sampling, error in zip(*columns, strict=True):
         if error is not None or ids is None:
             seen.errors[(error or {}).get("kind", "unknown")] += 1

@@ -11,10 +11,22 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jobs.job_spec import JobSpec
 from pipeline.rows import SCHEMA_VERSION
-from pipeline.settings import JobSpec
 
-_NEUTRAL_FIELDS = frozenset({"name", "limits", "fleet", "output.path", "output.resume", "model.engine_args"})
+_NEUTRAL_FIELDS = frozenset(
+    {
+        *("name", "limits", "drift", "fleet", "output.path", "output.resume", "model.engine_args"),
+        *("sampling.dedupe", "label.review_below"),
+        # What a synthesis does with the answers once they are there.
+        *("synthesize.retries", "synthesize.filters", "synthesize.duplicates"),
+        # Which rows a run of an incremental job has is in its plan; which tell them apart, in the chain of its claims.
+        *("input.new", "input.new_by", "input.changed", "input.partition", "input.timezone"),
+    }
+)
+
+_WHOLE_FIELDS = frozenset({"sampling.json_schema"})
+"""Shown as one value, in the order given: a model writes properties in it."""
 
 # Where things run, how fast, and in what order; not what is computed. Batch-dependent rounding on GPUs is not counted:
 # it varies between two identical runs too.
@@ -75,7 +87,9 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]
         dotted = f"{prefix}{name}"
         if dotted in _NEUTRAL_FIELDS:
             continue
-        if isinstance(value, dict):
+        if dotted in _WHOLE_FIELDS:
+            yield dotted, _shown(value, sort_keys=False)
+        elif isinstance(value, dict):
             yield from _flatten(value, f"{dotted}.")
         else:
             yield dotted, _shown(value)
@@ -89,8 +103,8 @@ def _engine_args(spec: JobSpec) -> dict[str, str]:
     return {f"engine_args.{name}": " | ".join(sorted(values)) for name, values in given.items()}
 
 
-def _shown(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def _shown(value: object, *, sort_keys: bool = True) -> str:
+    text = json.dumps(value, sort_keys=sort_keys, ensure_ascii=False, separators=(",", ":"))
     if len(text) <= _LONGEST_VALUE:
         return text
     return f"{text[:_LONGEST_VALUE]}... sha256:{hashlib.sha256(text.encode()).hexdigest()}"

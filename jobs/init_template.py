@@ -59,6 +59,8 @@ def _field(node: FieldNode, chosen: Mapping[str, Any], indent: str, *, is_first:
     elif node.dotted in chosen:
         yield f"{key} {_yaml(chosen[node.dotted])}"
     else:
+        if node.kind == "option":
+            yield from _comment(f"A mapping: {{{', '.join(f'{name}: ...' for name in node.children)}}}", indent)
         if node.kind == "sections":
             yield from _comment(f"Each entry: {{{', '.join(f'{name}: ...' for name in node.children)}}}", indent)
         yield f"{indent}#{node.path[-1]}: {_yaml(node.default)}"

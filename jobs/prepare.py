@@ -10,14 +10,22 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
+from cluster.fleet_plan import refuse_impossible
 from jobs.fingerprint import fingerprint_fields
+from jobs.job_spec import JobSpec
+from jobs.new_rows import Source, source_of
+from jobs.sampler_values import personas_identity, samplers_of
+from pipeline.chat_encoder import choose_encoder
+from pipeline.choice_tokens import choice_tree
+from pipeline.choices import ChoiceTree
 from pipeline.engine import MoeShape
 from pipeline.errors import SpecError
 from pipeline.ids import IdReport, check_ids
-from pipeline.inputs import list_inputs
+from pipeline.labels import LabelRule
 from pipeline.model import ModelFiles, fetch_model
+from pipeline.openai_requests import KEPT_OF_REQUESTS
+from pipeline.record_fields import refuse_taken_names
 from pipeline.rows import output_schema, routing_type
-from pipeline.settings import JobSpec
 from pipeline.shards import Plan, make_plan
 from pipeline.templating import TemplateSettings, needed_columns
 from pipeline.user_schema import user_schema
@@ -37,6 +45,8 @@ class PreparedJob:
     fingerprint: dict[str, str]
     routing_off_because: str | None
     """Why no routing is recorded, or None when it is."""
+    choices: ChoiceTree | None = None
+    """The labels as the model's tokens, of a labelling job."""
 
     @property
     def moe(self) -> MoeShape | None:
@@ -46,7 +56,7 @@ class PreparedJob:
     @property
     def num_replicas(self) -> int:
         """Engines over all pools."""
-        return sum(pool.replicas for pool in self.spec.fleet.pools)
+        return num_replicas(self.spec)
 
     @property
     def input_root(self) -> str:
@@ -72,44 +82,87 @@ class PreparedJob:
         return None if column is None else check_ids(self.plan.files, column)
 
 
-def prepare(spec: JobSpec, *, weights: bool = True) -> PreparedJob:
+def prepare(spec: JobSpec, *, weights: bool = True, source: Source | None = None) -> PreparedJob:
     """Look at input and model, and cut the plan. Without `weights` the model's big files aren't fetched.
+
+    `source` is what the spec's input was found to hold; None to look.
 
     Raises:
         SpecError: a path matches nothing, a column is missing, types don't unify, the model can't be used, ...
         InfrastructureError: storage or hub can't be reached.
     """
-    files = list_inputs(spec.input.path)
+    source = source or source_of(spec)
+    files = list(source.files)
     needed = needed_columns(spec.prompt, spec.sampling) | _named_columns(spec)
+    needed -= set(spec.synthesize.samplers) if spec.synthesize else set()
     read_schema = user_schema(files, required=sorted(needed), carried=spec.output.keep)
-    model = fetch_model(spec.model, weights=weights)
+    samplers = samplers_of(spec, common_folder([file.path for file in files]), read_schema.names)
+    model = fetch_model(spec.model, weights=False)
+    # Before gigabytes are fetched for GPUs that can't hold them.
+    check_context_length(spec, model)
+    refuse_impossible(spec.fleet, spec.model, model.path)
+    if weights:
+        model = fetch_model(spec.model)
+    choices = label_choices(spec, model)
+    if choices is not None:
+        room = spec.sampling.model_copy(update={"max_tokens": max(map(len, choices.choices))})
+        spec = spec.model_copy(update={"sampling": room})
     off = routing_off_reason(spec, model)
     moe = None if off else model.moe
     routing = routing_type(moe, tokens=spec.routing.level == "tokens") if moe else None
-    num_replicas = sum(pool.replicas for pool in spec.fleet.pools)
     plan = make_plan(
         files,
-        replicas=num_replicas,
+        replicas=num_replicas(spec),
         limit=spec.input.limit,
         samples=spec.sampling.n,
         result_bytes=result_bytes(spec, moe),
+        picks=source.picks,
     )
-    identity = {file.path: [file.size, file.version] for file in plan.files}
+    rule = label_rule(spec)
+    identity = {file.path: [file.size, file.version] for file in plan.files} | personas_identity(spec, samplers)
+    kept = [*_kept(read_schema, spec), *(samplers.fields if samplers else ())]
+    if spec.synthesize is not None:
+        refuse_taken_names(field.name for field in kept)
     return PreparedJob(
         spec=spec,
         model=model,
         plan=plan,
         read_schema=read_schema,
-        output_schema=output_schema(_kept(read_schema, spec), routing),
+        output_schema=output_schema(kept, routing, extra=rule.fields() if rule else ()),
         template=TemplateSettings(
             prompt=spec.prompt,
             sampling=spec.sampling,
             model_dir=model.path,
             max_model_len=spec.model.max_model_len,
+            requests=spec.input.format == "openai_batch",
+            samplers=samplers,
         ),
         fingerprint=fingerprint_fields(spec, model_identity={"digest": model.digest}, input_identity=identity),
         routing_off_because=off,
+        choices=choices,
     )
+
+
+def label_choices(spec: JobSpec, model: ModelFiles) -> ChoiceTree | None:
+    """The labels of a labelling job as this model's tokens.
+
+    Raises:
+        SpecError: the model can't tell them apart.
+    """
+    if spec.label is None:
+        return None
+    return choice_tree(choose_encoder(model.path, marker_text=spec.prompt.marker_text), spec.label.names)
+
+
+def label_rule(spec: JobSpec) -> LabelRule | None:
+    """How a labelling job makes labels of probabilities."""
+    label = spec.label
+    return None if label is None else LabelRule(label.names, label.temperature, label.abstain_below, label.default)
+
+
+def num_replicas(spec: JobSpec) -> int:
+    """Engines to prepare for; a pool that takes as many as there are counts for 16, which makes shards small enough."""
+    return sum(16 if pool.most is None else pool.most for pool in spec.fleet.pools)
 
 
 def result_bytes(spec: JobSpec, moe: MoeShape | None) -> int:
@@ -120,6 +173,16 @@ def result_bytes(spec: JobSpec, moe: MoeShape | None) -> int:
         if spec.routing.level == "tokens":
             size += spec.model.max_model_len * moe.num_layers * moe.top_k
     return size
+
+
+def check_context_length(spec: JobSpec, model: ModelFiles) -> None:
+    """Raise SpecError where engines would refuse to start: vLLM takes no `max_model_len` above the model's own."""
+    wanted, longest = spec.model.max_model_len, model.context_length
+    if longest is not None and wanted > longest:
+        raise SpecError(
+            f"model.max_model_len is {wanted}, but {spec.model.source} was made for {longest} tokens "
+            f"(max_position_embeddings in its config.json); lower model.max_model_len to {longest} or less"
+        )
 
 
 def routing_off_reason(spec: JobSpec, model: ModelFiles) -> str | None:
@@ -150,11 +213,13 @@ def common_folder(paths: list[str]) -> str:
 
 def _named_columns(spec: JobSpec) -> set[str]:
     slice_by = spec.routing.slice_by if spec.routing.level != "off" else None
-    return {name for name in (slice_by, spec.input.id) if name is not None}
+    requests = KEPT_OF_REQUESTS if spec.input.format == "openai_batch" else ()
+    return {name for name in (slice_by, spec.input.id, *requests) if name is not None}
 
 
 def _kept(schema: pa.Schema, spec: JobSpec) -> list[pa.Field]:
-    keep = spec.output.keep
-    if keep == "all":
+    if spec.output.keep == "all":
         return list(schema)
-    return [field for field in schema if field.name in keep] if isinstance(keep, list) else []
+    keep = spec.output.keep if isinstance(spec.output.keep, list) else []
+    always = KEPT_OF_REQUESTS if spec.input.format == "openai_batch" else ()
+    return [field for field in schema if field.name in (*keep, *always)]

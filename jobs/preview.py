@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from jobs.estimate import even_sample
+from jobs.execute import execute_work, ray_for
 from jobs.interrupts import Interrupts
 from jobs.prepare import PreparedJob
-from jobs.run import Engines, execute_work
+from jobs.run import engines_of
 from jobs.summary import Execution
 from jobs.work import Work
 from pipeline.counters import RowTotals
@@ -28,7 +29,9 @@ from pipeline.templating import TemplateStage
 SHOWN_CHARS = 600
 
 
-def run_preview(job: PreparedJob, *, num_rows: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run_preview(
+    job: PreparedJob, *, num_rows: int, say: Callable[[str], None], ray: str | None = None
+) -> dict[str, Any]:
     """Answer up to `num_rows` rows, spread evenly over the input, and return what came out.
 
     Raises:
@@ -42,15 +45,15 @@ def run_preview(job: PreparedJob, *, num_rows: int, say: Callable[[str], None]) 
     execution = Execution(run_id="preview")
     say(f"preview of {work.num_single_rows} rows of {job.plan.num_rows:,}")
     with tempfile.TemporaryDirectory(prefix="tramontane-preview-") as folder:
-        interrupts = Interrupts()
-        with interrupts.heard():
+        engines, interrupts = engines_of(job, address=ray), Interrupts()
+        with interrupts.heard(), ray_for(engines, interrupts, say=say) as engines:
             status, exit_code = execute_work(
                 job.tolerating_failures(),
                 work,
                 Store(folder),
                 execution,
                 RowTotals(),
-                Engines(),
+                engines,
                 interrupts,
                 quiet=True,
             )

@@ -69,7 +69,8 @@ class ProgressTracker:
         self._rows_total = rows_total
         self._rows_before = rows_before
         self._failed_before = failed_before
-        self._replicas_wanted = replicas_wanted
+        self.replicas_wanted = replicas_wanted
+        """May change: a fleet follows the work that is left."""
         self._started = time.monotonic()
         self._history: deque[tuple[float, Figures]] = deque()
 
@@ -91,7 +92,7 @@ class ProgressTracker:
             rows_failed=self._failed_before + figures.rows_failed,
             rows_in_flight=figures.rows_in_flight,
             replicas_up=figures.replicas_up,
-            replicas_wanted=self._replicas_wanted,
+            replicas_wanted=self.replicas_wanted,
             input_tokens_per_s=tokens_in,
             output_tokens_per_s=tokens_out,
             rows_per_s=rows,

@@ -1,17 +1,27 @@
-"""A Ray of the run's own on this machine, quiet, and gone when the run ends."""
+"""The Ray that a run works in: one of its own on this machine, gone when the run ends, or a cluster that is named.
+
+Never a cluster that just happens to be there: a bare `ray.init()` joins any Ray on the machine.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import math
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import SpecError
 
 LOGICAL_CPUS = 4
-"""At least so many: reading, templating and writing overlap, and with fewer a stage may wait for a slot for ever."""
+"""At least so many beside the replicas': reading, templating and writing overlap, and with fewer a stage may wait for a
+slot for ever."""
 OBJECT_STORE_BYTES = 1 << 30
 
 # Before Ray is imported. A flow that was given up, and still runs when Ray is shut down, would start another one.
@@ -19,11 +29,15 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 
 @contextmanager
-def local_ray() -> Iterator[None]:
-    """Start Ray for the duration of the block.
+def ray_session(address: str | None = None, *, replica_cpus: float = 0.0) -> Iterator[None]:
+    """Be connected to Ray for the duration of the block. A caller that is connected already stays so.
 
-    Always `address="local"`: a bare `ray.init()` joins any Ray that happens to run on the machine. A caller that has
-    started Ray in this process keeps it.
+    Args:
+        address: a cluster's, or `auto` for the one that this machine belongs to; None or `local`: start one.
+        replica_cpus: logical CPUs that replicas take, of a Ray that is started here.
+
+    Raises:
+        SpecError: there is no cluster at that address, or its version or token differs.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # Ray's C++ layer prints an error for every actor pool of Ray Data (ray#53727), straight to standard error.
@@ -34,23 +48,93 @@ def local_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    is_own = address in (None, "local")
     with _without_log_banner(), _daemons_in_their_own_group():
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(LOGICAL_CPUS, os.cpu_count() or 1),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=OBJECT_STORE_BYTES,
-            )
+            if is_own:
+                _start(replica_cpus)
+            else:
+                _join(str(address))
         except SystemExit:  # what the SIGTERM handler that Ray puts in place makes of an interrupt
             raise KeyboardInterrupt from None
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    _keep_token_private()
+    # A flow's error is raised to the run, which says it in a line; Ray Data would say it first, at length.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    try:
+        with without_dashboard_figures() if is_own else contextlib.nullcontext():
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _start(replica_cpus: float) -> None:
+    import ray
+
+    with without_idle_daemons():
+        ray.init(
+            address="local",
+            num_cpus=max(LOGICAL_CPUS, os.cpu_count() or 1) + math.ceil(replica_cpus),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+
+
+@contextmanager
+def without_dashboard_figures() -> Iterator[None]:
+    """Keep Ray Data from starting a process that collects its figures for a dashboard that isn't there."""
+    from ray.data._internal.stats import _StatsManager
+
+    with _without(_StatsManager, "register_dataset_to_stats_actor", "update_execution_metrics"):
+        yield
+
+
+@contextmanager
+def without_idle_daemons() -> Iterator[None]:
+    """Start a Ray without what has nothing to do in it: API server (no dashboard), autoscaler, log monitor (no log goes
+    to the driver).
+
+    Each takes about a second of processor time, and `ray.init` waits for the first. Ray 2.60 has no option for them.
+    """
+    from ray._private.node import Node
+
+    with _without(Node, "start_api_server", "start_monitor", "start_log_monitor"):
+        yield
+
+
+@contextmanager
+def _without(owner: type, *methods: str) -> Iterator[None]:
+    """Have these methods do nothing for the duration of the block."""
+    originals = {name: owner.__dict__[name] for name in methods}
+    for name in methods:
+        setattr(owner, name, staticmethod(lambda *arguments, **options: None))  # noqa: ARG005  whatever Ray gives them
     try:
         yield
     finally:
-        ray.shutdown()
+        for name, original in originals.items():
+            setattr(owner, name, original)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise SpecError(
+            f"no Ray cluster at {address!r}: {lines[0][:300] if lines else type(error).__name__}; check the address, "
+            "and that this machine has the cluster's Ray version and token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
+        ) from error
+
+
+def _keep_token_private() -> None:
+    """Take the token file that Ray makes (2.60: readable for everybody) from all but its owner."""
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):
+        if stat.S_IMODE(token.stat().st_mode) & 0o077:
+            token.chmod(0o600)
 
 
 @contextmanager

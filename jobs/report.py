@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from jobs.label_report import label_lines
 from jobs.prepare import PreparedJob
 from jobs.progress import duration
+from jobs.synthesis_text import synthesis_lines
 from pipeline.errors import RETRYABLE_KINDS
 
 HEADLINES = {
@@ -55,12 +57,24 @@ def closing_lines(
             f"  rate      {rates['rows_per_s']:,.1f} rows/s, {rates['output_tokens_per_s']:,.0f} output tokens/s "
             f"over {duration(this['timings']['generate_s'])}"
         )
+    if this.get("copied", {}).get("rows"):
+        copied = this["copied"]
+        lines.append(
+            f"  saved     {copied['rows']:,} rows with the same prompt as another: "
+            f"{copied['input_tokens']:,} tokens in, {copied['generated_tokens']:,} out"
+        )
     if summary["error_kinds"]:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary["error_kinds"].items())
         lines.append(f"  errors    {kinds}")
+    if "labels" in summary:
+        lines += label_lines(summary["labels"])
     lines += _routing_lines(job, summary)
+    lines += synthesis_lines(summary)
     data = f"{job.spec.output.path.rstrip('/')}/data/*.parquet"
     lines.append(f"  output    {data}, summary.json")
+    if job.spec.input.format == "openai_batch":
+        export = shlex.join(["tramontane", "export", job.spec.output.path, "--openai-batch"])
+        lines.append(f"  openai    `{export} FOLDER` makes output.jsonl and error.jsonl of it")
     lines.append(f"next: {next_step(summary, shlex.join(spec_words), data)}")
     return lines
 

@@ -1,6 +1,7 @@
-"""Executes a prepared job: lease, what is left to do, fleet, flow, finish. The only place where a run is put together.
+"""Executes a prepared job: lease, what is left to do, the work, finish. The only place where a run is put together.
 
 Guarantees:
+- what can be refused is refused before anything in the output changes.
 - one execution owns the output from its first write to its last.
 - committed rows are never done again, unless they failed: for a reason that may have passed, or by `retry`.
 - the exit code says what happened: 0 done, 1 too many failed rows, 2 nothing ran, 3 infrastructure, 130 interrupted.
@@ -9,48 +10,47 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
-import json
-import secrets
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.fleet import PoolPlan, start_fleet, stop_fleet
-from cluster.pools import pool_plans
+from cluster.fleet_plan import FleetDemand
+from cluster.pools import PoolPlan
+from cluster.warm import Attachment
+from jobs.execute import Engines, execute_work, ray_for
 from jobs.interrupts import Interrupts
+from jobs.label_report import report_labels
+from jobs.preflight import preflight
 from jobs.prepare import PreparedJob
-from jobs.progress import ProgressDisplay
-from jobs.ray_session import local_ray
 from jobs.summary import SUMMARY, Execution, build_summary, read_summary, write_summary
-from jobs.supervise import Supervisor
 from jobs.work import RunOptions, Work, find_work
-from pipeline.counters import RowTotals, RunCounters
-from pipeline.dispatcher import WINDOW_FACTOR
+from pipeline.counters import RunCounters
 from pipeline.errors import InfrastructureError, RunError, SpecError
-from pipeline.flow import Flow, run_flow
-from pipeline.generate import GenerateSettings
 from pipeline.lease import Lease, acquire_lease
 from pipeline.ledger import Ledger
-from pipeline.monitor import start_monitor
-from pipeline.resume import fingerprint_digest
 from pipeline.storage import Store
 from pipeline.templating import TemplateStage
 
-__all__ = ["Engines", "RunOptions", "execute_work", "run_job"]
+__all__ = ["RunOptions", "engines_of", "run_job"]
 
-SEED = "_run/seed.json"
 SPEC = "_run/spec.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Engines:
-    """What generates, when it isn't the spec's own pools, started for the run."""
-
-    fleet: Any = None
-    """A live fleet, left running."""
-    pools: list[PoolPlan] | None = None
+def engines_of(
+    job: PreparedJob, *, fleet: Any = None, pools: list[PoolPlan] | None = None, address: str | None = None
+) -> Engines:
+    """What answers the job's rows: the spec's pools, unless others are given, or a fleet that is live already."""
+    spec = job.spec
+    name = spec.fleet.attach
+    if name is not None and pools is None and fleet is None:
+        if address in (None, "local"):
+            raise SpecError(f"fleet.attach {name!r} is a fleet on a Ray cluster, but none is named; add --ray ADDRESS")
+        return Engines([], warm=Attachment(name, spec.model, job.model.digest, job.moe), address=address)
+    if pools is not None or fleet is not None:
+        return Engines(pools or [], fleet=fleet, address=address)
+    return Engines([], FleetDemand(spec.fleet, spec.model, job.model.path, job.moe), address=address)
 
 
 def run_job(
@@ -75,52 +75,74 @@ def run_job(
         KeyboardInterrupt: it was interrupted (or got SIGTERM) before work began or after it ended.
     """
     store = Store(job.spec.output.path)
-    execution = Execution(run_id=uuid.uuid4().hex[:8])
+    execution = Execution(run_id=options.run_id or uuid.uuid4().hex[:8])
     interrupts = Interrupts()
-    with interrupts.heard():
+    with interrupts.heard(), contextlib.ExitStack() as ray_session:
+        means = _Means(engines_of(job, fleet=fleet, pools=pools, address=options.ray), interrupts, ray_session)
         TemplateStage(job.template).close()  # finds broken templates and tokenizers before anything is written
+        if preflight(job, options, store):
+            ray_session.enter_context(ray_for(means.engines, interrupts))
         with acquire_lease(store, run_id=execution.run_id) as lease:
-            return _execute(job, options, store, lease, execution, say, Engines(fleet, pools), interrupts)
+            return _execute(job, options, Ledger(store, lease=lease), lease, execution, say, means)
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """What an execution does its work with."""
+
+    engines: Engines
+    interrupts: Interrupts
+    ray_session: contextlib.ExitStack
+    """Ends the run's own Ray, once there is one."""
 
 
 def _execute(
     job: PreparedJob,
     options: RunOptions,
-    store: Store,
+    ledger: Ledger,
     lease: Lease,
     execution: Execution,
     say: Callable[[str], None],
-    engines: Engines,
-    interrupts: Interrupts,
+    means: _Means,
 ) -> dict[str, Any]:
-    began = time.monotonic()
-    ledger = Ledger(store, lease=lease)
-    if options.only_failed and ledger.fingerprint() is None:
-        raise SpecError(f"output.path {store.root} holds no run, so there is nothing to retry; use `tramontane run`")
-    opened = ledger.open_run(job.plan, job.fingerprint, resume=job.spec.output.resume)
-    job = job.with_plan(opened.plan)
-    before = ledger.totals()
-    work = find_work(ledger, job, before, options)
-    say(opening_line(execution.run_id, job, before, work, store))
+    job = job.with_plan(ledger.open_run(job.plan, job.fingerprint, resume=job.spec.output.resume).plan)
+    work, before = find_work(ledger, job, options)
+    say(opening_line(execution.run_id, job, before, work, ledger.store))
     status, exit_code = "done", 0
     if work.shards or work.rows:
-        if not options.only_failed:
-            store.put(SPEC, job.spec.model_dump_json(indent=1).encode())
-        store.delete(SUMMARY)  # written last, so while there is work there is none
-        ledger.record_event(
-            "started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_single_rows
-        )
-        try:
-            status, exit_code = execute_work(
-                job, work, store, execution, before.totals, engines, interrupts, lease=lease, quiet=options.quiet
-            )
-        except RunError as error:
-            _record_failure(ledger, execution, error)
-            raise
-    elif (finished := _already_finished(store, job, before)) is not None:
+        with means.ray_session as session:  # ends with the work: a flow that was given up commits nothing after it
+            # Ray is there already, unless work came up since.
+            engines = session.enter_context(ray_for(means.engines, means.interrupts, say=say))
+            means = replace(means, engines=engines)
+            status, exit_code = _work(job, options, ledger, lease, execution, work, before, means)
+    elif (finished := _already_finished(ledger.store, job, before)) is not None:
         return finished
-    execution.timings["total_s"] = time.monotonic() - began
+    execution.timings["total_s"] = time.monotonic() - execution.began
     return _finish(job, ledger, lease, execution, status=status, exit_code=exit_code)
+
+
+def _work(
+    job: PreparedJob,
+    options: RunOptions,
+    ledger: Ledger,
+    lease: Lease,
+    execution: Execution,
+    work: Work,
+    before: RunCounters,
+    means: _Means,
+) -> tuple[str, int]:
+    """From the first change to what an earlier execution left, to the last commit."""
+    store = ledger.store
+    if not options.only_failed:
+        store.put(SPEC, job.spec.model_dump_json(indent=1).encode())
+    store.delete(SUMMARY)  # written last, so while there is work there is none
+    ledger.record_event("started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_single_rows)
+    engines, interrupts, quiet = means.engines, means.interrupts, options.quiet
+    try:
+        return execute_work(job, work, store, execution, before.totals, engines, interrupts, lease=lease, quiet=quiet)
+    except RunError as error:
+        _record_failure(ledger, execution, error)
+        raise
 
 
 def _already_finished(store: Store, job: PreparedJob, totals: RunCounters) -> dict[str, Any] | None:
@@ -130,6 +152,9 @@ def _already_finished(store: Store, job: PreparedJob, totals: RunCounters) -> di
         return None
     current = build_summary(job, totals, Execution(summary["run_id"]), status="done", exit_code=0)
     exit_code = 1 if job.too_many_failed(totals.totals.samples.get("failed", 0)) else 0  # the limit may have changed
+    label = job.spec.label
+    if label is not None and summary.get("labels", {}).get("review_below") != label.review_below:
+        return None
     return summary if (summary["counts"], summary["exit_code"]) == (current["counts"], exit_code) else None
 
 
@@ -151,114 +176,6 @@ def opening_line(run_id: str, job: PreparedJob, before: RunCounters, work: Work,
     return f"run {run_id} resumes {store.root}: {done:,} of {total:,} rows already committed{retried}"
 
 
-def execute_work(
-    job: PreparedJob,
-    work: Work,
-    store: Store,
-    execution: Execution,
-    before: RowTotals,
-    engines: Engines,
-    interrupts: Interrupts,
-    *,
-    lease: Lease | None = None,
-    quiet: bool = False,
-) -> tuple[str, int]:
-    """Start Ray and the fleet, do the work, and end both; fills in `execution`, returns the status and exit code.
-
-    With a lease, work ends as soon as the output turns out to be somebody else's.
-
-    Raises:
-        RunError: the flow or the fleet failed; what was committed stays.
-    """
-    import ray
-
-    spec = job.spec
-    pools = engines.pools or pool_plans(spec.fleet, spec.model, model_path=job.model.path, moe=job.moe)
-    window = WINDOW_FACTOR * sum(pool.num_replicas * pool.max_num_seqs for pool in pools)
-    seed, epoch = job_seed(store, spec.sampling.seed), lease.epoch if lease else None
-    flow = make_flow(job, store, seed, window=window, epoch=epoch)
-    with local_ray(), ProgressDisplay(store, quiet=quiet) as display:
-        interrupts.install()
-        if engines.fleet is None:
-            require_gpus(pools)
-        monitor = start_monitor()
-        fleet = engines.fleet or start_fleet(
-            pools,
-            keep_expert_ids=spec.routing.level == "tokens",
-            request_timeout_s=spec.limits.request_timeout_s,
-        )
-        rows_to_do = work.num_rows(job)
-        supervisor = Supervisor(
-            job,
-            execution,
-            fleet,
-            monitor,
-            display,
-            rows_before=before,
-            rows_to_do=rows_to_do,
-            interrupts=interrupts,
-            lease=lease,
-        )
-
-        def flows() -> None:
-            if work.shards:
-                run_flow(flow, work.shards, fleet=fleet, monitor=monitor)
-            if work.rows and supervisor.goes_on:
-                rows, statuses = work.rows, work.retried_statuses
-                run_flow(flow, sorted(rows), fleet=fleet, monitor=monitor, rows=rows, retried_statuses=statuses)
-
-        try:
-            return supervisor.run(flows)
-        finally:
-            if engines.fleet is None:
-                stop_fleet(fleet)
-            ray.kill(monitor)
-
-
-def require_gpus(pools: list[PoolPlan]) -> None:
-    """Raise SpecError when the machine can never hold the pools: waiting for it would be waiting for ever."""
-    import ray
-
-    wanted = sum(pool.num_gpus * pool.num_replicas for pool in pools)
-    there = ray.cluster_resources().get("GPU", 0)
-    if wanted > there:
-        names = ", ".join(pool.name for pool in pools if pool.num_gpus)
-        raise SpecError(
-            f"fleet.pools ({names}) need {wanted:g} GPUs, but this machine has {there:g}; lower replicas or "
-            "tensor_parallel, or set gpu: cpu"
-        )
-
-
-def make_flow(job: PreparedJob, store: Store, seed: int, *, window: int, epoch: int | None) -> Flow:
-    """Put the data path's settings together."""
-    return Flow(
-        plan=job.plan,
-        user_schema=job.read_schema,
-        template=job.template,
-        generate=GenerateSettings(
-            seed=seed,
-            input_root=job.input_root,
-            schema=job.output_schema,
-            routing=job.spec.routing,
-            limits=job.spec.limits,
-            moe=job.moe,
-        ),
-        store=store,
-        fingerprint=fingerprint_digest(job.fingerprint),
-        epoch=epoch,
-        window=window,
-    )
-
-
-def job_seed(store: Store, seed: int | None) -> int:
-    """The spec's seed, or one drawn when the run began: a resumed run goes on with the same."""
-    if seed is not None:
-        return seed
-    with contextlib.suppress(FileExistsError):
-        store.create(SEED, json.dumps({"seed": secrets.randbits(62)}).encode())
-    return int(json.loads(store.read(SEED))["seed"])
-
-
 def _finish(
     job: PreparedJob, ledger: Ledger, lease: Lease, execution: Execution, *, status: str, exit_code: int
 ) -> dict[str, Any]:
@@ -271,8 +188,11 @@ def _finish(
         )
     if status == "done" and job.too_many_failed(totals.totals.samples.get("failed", 0)):
         status, exit_code = "too_many_failures", 1
+    label = job.spec.label
+    # Reads parts, of which there may be thousands: nothing for somebody who wants to see an end.
+    labels = report_labels(ledger.store, label) if label is not None and status != "interrupted" else None
     lease.check()
     ledger.record_event("ended", run_id=execution.run_id, status=status, exit_code=exit_code)
     if totals.totals.num_rows == 0 and job.plan.num_rows:
         return build_summary(job, totals, execution, status=status, exit_code=exit_code)
-    return write_summary(ledger.store, job, totals, execution, status=status, exit_code=exit_code)
+    return write_summary(ledger.store, job, totals, execution, status=status, exit_code=exit_code, labels=labels)

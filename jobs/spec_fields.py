@@ -1,22 +1,27 @@
 """The tree of everything a spec may say: each field's dotted path, doc, default and what it allows, in words.
 
-Read off the pydantic models, so it can't disagree with them. Knows nothing of files, lines or overrides.
+Read off the pydantic models, so it can't disagree with them. A job's, or within `describing` another file's. Knows
+nothing of files, lines or overrides.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from jobs.field_docs import document
+from jobs.job_spec import JobSpec
 from jobs.yaml_source import FieldPath
-from pipeline.settings import JobSpec
 
 _SHORTEST_PREFIX = 3
 
@@ -57,8 +62,8 @@ class FieldNode:
     """One field of the spec."""
 
     path: tuple[str, ...]
-    kind: Literal["section", "sections", "table", "value"]
-    """A mapping with known keys, a list of such, a mapping with free keys, or a plain value."""
+    kind: Literal["section", "option", "sections", "table", "value"]
+    """A mapping with known keys, one that may be null, a list of such, a mapping with free keys, or a plain value."""
     doc: str
     is_required: bool
     default: Any
@@ -72,19 +77,38 @@ class FieldNode:
         return ".".join(self.path)
 
 
-@cache
+_described: ContextVar[type[BaseModel]] = ContextVar("_described", default=JobSpec)
+
+
+@contextmanager
+def describing(model: type[BaseModel]) -> Iterator[None]:
+    """Within the block all paths, suggestions and messages are about a file of this model."""
+    token = _described.set(model)
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
 def field_tree() -> FieldNode:
-    """The root: JobSpec itself."""
-    schema = JobSpec.model_json_schema()
-    children = _children(JobSpec, (), schema)
+    """The root: JobSpec itself, but within `describing`."""
+    return _tree_of(_described.get())
+
+
+@cache
+def _tree_of(model: type[BaseModel]) -> FieldNode:
+    document(model)
+    schema = model.model_json_schema()
+    children = _children(model, (), schema)
     return FieldNode((), "section", "A job.", is_required=True, default=None, children=children, schema=schema)
 
 
 def all_fields(node: FieldNode | None = None) -> Iterator[FieldNode]:
-    """Every field below a node, parents first, in the order of the models."""
+    """Every field below a node, parents first, in the order of the models; an option counts as one field."""
     for child in (node or field_tree()).children.values():
         yield child
-        yield from all_fields(child)
+        if child.kind != "option":
+            yield from all_fields(child)
 
 
 def find_field(path: FieldPath) -> FieldNode | None:
@@ -107,13 +131,18 @@ def suggest(path: FieldPath) -> str | None:
         by_squashed = {_squash(name): name for name in parent.children}
         if _squash(wrong) in by_squashed:
             return format_path((*path[:-1], by_squashed[_squash(wrong)]))
-    if wrong in _SYNONYMS:
+    if wrong in _SYNONYMS and _is_described(_SYNONYMS[wrong]):
         return _SYNONYMS[wrong] or None
     siblings = list(parent.children) if parent is not None else []
     longer = [name for name in siblings if len(wrong) >= _SHORTEST_PREFIX and name.startswith(wrong)]
     if close := longer or difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6):
         return format_path((*path[:-1], close[0]))
     return _suggest_elsewhere(".".join(names), wrong)
+
+
+def _is_described(dotted: str) -> bool:
+    """Whether the file at hand has the section that a path begins with; nothing at all is in every file."""
+    return not dotted or dotted.partition(".")[0] in field_tree().children
 
 
 def _suggest_elsewhere(dotted: str, wrong: str) -> str | None:
@@ -201,9 +230,9 @@ def _children(model: type[BaseModel], path: tuple[str, ...], schema: Mapping[str
 
 def _node(info: FieldInfo, path: tuple[str, ...], root: Mapping[str, Any]) -> FieldNode:
     model, is_list = _model_in(info.annotation)
-    kind: Literal["section", "sections", "table", "value"] = "value"
+    kind: Literal["section", "option", "sections", "table", "value"] = "value"
     if model is not None:
-        kind = "sections" if is_list else "section"
+        kind = "sections" if is_list else "section" if info.default is not None else "option"
     elif get_origin(info.annotation) is dict:
         kind = "table"
     default = info.default if info.default is not PydanticUndefined else None
@@ -219,6 +248,8 @@ def _node(info: FieldInfo, path: tuple[str, ...], root: Mapping[str, Any]) -> Fi
 
 
 def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    if isinstance(annotation, UnionType) and len(rest := set(get_args(annotation)) - {type(None)}) == 1:
+        [annotation] = rest
     inner = get_args(annotation)[0] if get_origin(annotation) is list else annotation
     is_model = isinstance(inner, type) and issubclass(inner, BaseModel)
     return (inner, inner is not annotation) if is_model else (None, False)
@@ -227,8 +258,14 @@ def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 def _schema_of(path: tuple[str, ...], root: Mapping[str, Any]) -> Mapping[str, Any]:
     schema: Any = root
     for name in path:
-        schema = _resolve(_resolve(schema, root)["properties"][name], root)
+        schema = _resolve(_resolve(_present(schema), root)["properties"][name], root)
     return dict(schema)
+
+
+def _present(schema: Any) -> Any:
+    """The schema of an option that is there."""
+    references = [option for option in schema.get("anyOf", ()) if "$ref" in option]
+    return references[0] if len(references) == 1 else schema
 
 
 def _resolve(schema: Any, root: Mapping[str, Any]) -> Any:

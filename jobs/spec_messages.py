@@ -98,7 +98,7 @@ def _value_at(data: Any, path: FieldPath) -> Any:
 
 
 def _first_sentence(node: FieldNode) -> str:
-    if node.kind == "section":
+    if node.kind in ("section", "option"):
         needed = [child.path[-1] for child in node.children.values() if child.is_required]
         return f"a mapping with {', '.join(needed or node.children)}"
     return node.doc.partition("\n")[0]
@@ -110,10 +110,10 @@ def _allowed(path: FieldPath, details: ErrorDetails) -> str:
         return details["msg"].removeprefix("Input should be ")
     if details["type"] == "string_pattern_mismatch":
         return f"a name. {node.doc.rstrip('.')}"
-    if node.kind in ("section", "sections"):
+    if node.kind in ("section", "option", "sections"):
         entries = f"a mapping with: {', '.join(node.children)}"
         is_entry = bool(path) and isinstance(path[-1], int)
-        return entries if node.kind == "section" or is_entry else f"a list with at least one entry, each {entries}"
+        return entries if node.kind != "sections" or is_entry else f"a list with at least one entry, each {entries}"
     return describe_allowed(schema_at(path))
 
 

@@ -1,22 +1,29 @@
 """Rules between the fields of a spec, each naming the values, the rule and the cure at the field to change.
 
-Pure functions of the sections that are valid by themselves, so that one wrong field doesn't hide a broken rule
-elsewhere. Reads no input and touches no disk but to resolve symbolic links in local paths.
+Functions of the sections that are valid by themselves, so that one wrong field doesn't hide a broken rule elsewhere.
+Read no input, and of the disk only symbolic links in local paths and the installed vLLM's list of arguments.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.gpus import GPU_TYPES, nearest_types
+from cluster.settings import AUTO, FleetSettings
+from jobs.spec_incremental import check_incremental
+from jobs.spec_label import LABEL, check_label
+from jobs.spec_openai import check_openai_batch
 from jobs.spec_paths import check_paths
+from jobs.spec_synthesize import check_synthesis
 from jobs.spec_templates import check_template
 from jobs.yaml_source import FieldPath, Problem
+from pipeline.engine_arguments import known_arguments, likely_name
 from pipeline.settings import (
-    FleetSettings,
     InputSettings,
+    LabelSettings,
     ModelSettings,
     OutputSettings,
     PromptSettings,
@@ -24,6 +31,7 @@ from pipeline.settings import (
     SamplingSettings,
     Settings,
 )
+from pipeline.synthesis_settings import SynthesisSettings
 
 # vLLM treats smaller temperatures as greedy and then refuses n > 1 (vllm.sampling_params, _SAMPLING_EPS).
 _GREEDY_BELOW = 1e-5
@@ -53,6 +61,7 @@ _ELSEWHERE = {
     "tensor_parallel_size": "set `fleet.pools[0].tensor_parallel`",
     "data_parallel_size": "set `fleet.pools[0].replicas`",
     "distributed_executor_backend": "leave it out; each replica is placed and started by the fleet",
+    "structured_outputs_config": "set `sampling.json_schema` or `sampling.json_object`",
     "scheduling_policy": "leave it out; requests carry priorities",
     "disable_log_stats": "leave it out; the `timing` column needs the engine's times",
     "worker_cls": _NO_CODE,
@@ -78,6 +87,8 @@ SECTION_MODELS: dict[str, type[Settings]] = {
     "output": OutputSettings,
     "routing": RoutingSettings,
     "fleet": FleetSettings,
+    "label": LabelSettings,
+    "synthesize": SynthesisSettings,
 }
 _NO_ROUTING_WITH = (
     "pipeline_parallel_size",
@@ -101,6 +112,10 @@ class Sections:
     output: OutputSettings | None = None
     routing: RoutingSettings | None = None
     fleet: FleetSettings | None = None
+    label: LabelSettings | None = None
+    synthesize: SynthesisSettings | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """The spec as written."""
 
     def knows(self, section: str, *names: str) -> bool:
         """Whether these fields hold what the spec says."""
@@ -115,17 +130,20 @@ def check_rules(sections: Sections) -> list[Problem]:
         *_check_sampling(sections),
         *_check_model(sections.model),
         *_check_engine_args(sections),
-        *_check_fleet(sections.fleet),
+        *_check_fleet(sections),
         *check_paths(sections.input, sections.output, sections.model),
+        *check_incremental(sections.input, sections.output),
     ]
     if sections.prompt is not None:
         problems += _check_prompt(sections.prompt)
-    return [*problems, *_check_empty_names(sections)]
+    problems += check_label(sections.given, sections.label)
+    problems += check_synthesis(sections.given, sections.synthesize)
+    return [*problems, *check_openai_batch(sections.given), *_check_empty_names(sections)]
 
 
 def _check_lengths(sections: Sections) -> Iterator[Problem]:
     model, sampling = sections.model, sections.sampling
-    if model is None or sampling is None or sampling.fit:
+    if model is None or sampling is None or sampling.fit or sections.given.get("kind") == LABEL:
         return
     if not (sections.knows("model", "max_model_len") and sections.knows("sampling", "max_tokens", "fit")):
         return
@@ -184,20 +202,31 @@ def _check_engine_arg(path: FieldPath, value: object, *, is_captured: bool) -> I
     elif is_captured and name in _NO_ROUTING_WITH and value not in (1, None):
         hint = "leave it out, or set `routing.level: off`"
         yield Problem(path, f"vLLM captures no routing with `{name}`: {value}", hint=hint, on_key=True)
+    elif (known := known_arguments()) is not None and name not in known:
+        message = f"`{name}` is not an engine argument of the installed vLLM"
+        yield Problem(path, message, hint=likely_name(name, known), on_key=True)
 
 
-def _check_fleet(fleet: FleetSettings | None) -> Iterator[Problem]:
-    seen: set[str] = set()
-    for index, pool in enumerate(fleet.pools if fleet else ()):
+def _check_fleet(sections: Sections) -> Iterator[Problem]:
+    fleet, seen = sections.fleet, set[str]()
+    pools = fleet.pools if fleet else []
+    known = {AUTO, *GPU_TYPES, *(gpu.name for gpu in (fleet.gpu_types if fleet else ()))}
+    for index, pool in enumerate(pools):
         path: FieldPath = ("fleet", "pools", index, "gpu")
         if pool.gpu.casefold() == "cpu" != pool.gpu:
             yield Problem(path, f"`{pool.gpu}` is no GPU type", hint="did you mean `cpu`?")
         elif not _GPU_NAME.fullmatch(pool.gpu):
-            hint = "give a type such as H100-80GB or A100-40GB, or `cpu`"
+            hint = "give a type such as H100-80G or A100-40G, `cpu` or `auto`"
             yield Problem(path, f'"{pool.gpu}" can\'t be a GPU type', hint=hint)
+        elif pool.gpu not in known and sections.knows("fleet", "gpu_types"):
+            hint = nearest_types(pool.gpu, known)
+            yield Problem(path, f"`{pool.gpu}` is no GPU type known here", hint=hint)
         elif pool.gpu in seen:
             hint = "a pool is all replicas of one GPU type; raise `replicas` of the first one"
             yield Problem(path, f"a second pool of `{pool.gpu}`", hint=hint)
+        elif pool.gpu == AUTO and len(pools) > 1:
+            hint = "leave the other pools out, or name each pool's type"
+            yield Problem(path, "`auto` takes every GPU type that the cluster has", hint=hint)
         seen.add(pool.gpu)
 
 

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jobs.chain import latest_run, read_chain
+from jobs.chain_status import describe_runs, run_lines
 from jobs.progress import PROGRESS, Progress, duration
 from jobs.summary import read_summary
 from pipeline.errors import SpecError
@@ -24,7 +26,7 @@ def read_status(output: str) -> dict[str, Any]:
     Raises:
         SpecError: there is no run.
     """
-    store = Store(_output_of(output))
+    store = Store(output_of(output))
     ledger = Ledger(store)
     if ledger.fingerprint() is None:
         raise SpecError(f"{store.root} holds no run; give an output directory or URL, or a spec that was run")
@@ -48,13 +50,42 @@ def read_status(output: str) -> dict[str, Any]:
         "progress": _read_progress(store),
         "summary": read_summary(store),
         "last_events": ledger.events()[-5:],
+        "job": _describe_job(output, store),
     }
+
+
+def _describe_job(output: str, run: Store) -> dict[str, Any] | None:
+    """Of an incremental job all runs, not only the latest; None for any other."""
+    job = Store(job_output_of(output))
+    if job.root == run.root:
+        return None
+    chain = read_chain(job)
+    return {"output": job.root, "num_runs": len(chain.links), "latest_runs": describe_runs(chain)}
+
+
+def output_of(text: str) -> str:
+    """The run that a word of the command line stands for: an output directory or URL, or a spec's.
+
+    Of an incremental job's output it is the latest run.
+    """
+    return latest_run(job_output_of(text))
+
+
+def job_output_of(text: str) -> str:
+    """The output directory or URL that a word of the command line stands for: itself, or that of a spec."""
+    if text.endswith((".yaml", ".yml")) and Path(text).is_file():
+        from jobs.spec import load_spec
+
+        return load_spec(text).output.path
+    return text
 
 
 def status_lines(report: dict[str, Any]) -> list[str]:
     """The same for people."""
     shards = f"{report['committed_shards']:,} of {report['shards']:,} shards"
     lines = [f"{report['output']}: {report['committed_rows']:,} of {report['rows']:,} rows committed, {shards}"]
+    if (job := report["job"]) is not None:
+        lines[:0] = [f"{job['output']}: {job['num_runs']:,} runs", *run_lines(job["num_runs"], job["latest_runs"])]
     progress, summary = report["progress"], report["summary"]
     if progress is not None and progress["state"] != "ended":
         lines += [Progress(**progress).line(), _sign_of_life(progress, report["owner"])]
@@ -79,14 +110,6 @@ def _sign_of_life(progress: dict[str, Any], owner: dict[str, Any] | None) -> str
     if time.time() - progress["updated_at"] > STALE_S:
         return f"{where} has been silent for {age}; if it is dead, rerun the same command"
     return f"{where}, updated {age} ago"
-
-
-def _output_of(text: str) -> str:
-    if text.endswith((".yaml", ".yml")) and Path(text).is_file():
-        from jobs.spec import load_spec
-
-        return load_spec(text).output.path
-    return text
 
 
 def _read_progress(store: Store) -> dict[str, Any] | None:

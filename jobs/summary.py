@@ -6,6 +6,7 @@ All of it is computed from the footers of committed parts; doing it again change
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -30,11 +31,16 @@ class Execution:
 
     run_id: str
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    began: float = field(default_factory=time.monotonic)
+    """The same on the clock that times are taken with."""
     timings: dict[str, float] = field(default_factory=dict)
     rows_done: int = 0
     """Rows finished by this execution, whether or not their shard was committed."""
     input_tokens: int = 0
     generated_tokens: int = 0
+    copied: dict[str, int] = field(default_factory=dict)
+    """Rows of `rows_done` that took over the outcome of a row with the same request, and their tokens, which no engine
+    computed and the counts above leave out."""
     replica_losses: list[dict[str, str]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -53,13 +59,25 @@ class Execution:
 
 
 def write_summary(
-    store: Store, job: PreparedJob, totals: RunCounters, execution: Execution, *, status: str, exit_code: int
+    store: Store,
+    job: PreparedJob,
+    totals: RunCounters,
+    execution: Execution,
+    *,
+    status: str,
+    exit_code: int,
+    labels: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `routing/*.parquet`, `README.md` and then `summary.json`; returns the summary."""
+    """Write `routing/*.parquet`, `README.md` and then `summary.json`; returns the summary.
+
+    `labels` is what a labelling run found, see `jobs.label_report`.
+    """
     if totals.moe is not None:
         for name, table in routing_tables(totals).items():
             store.put(f"routing/{name}.parquet", _parquet(table))
     summary = build_summary(job, totals, execution, status=status, exit_code=exit_code)
+    if labels is not None:
+        summary["labels"] = labels
     store.put("README.md", dataset_card(job, summary).encode())
     store.put(SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False).encode())
     return summary
@@ -111,6 +129,7 @@ def build_summary(
             "rows_done": execution.rows_done,
             "input_tokens": execution.input_tokens,
             "generated_tokens": execution.generated_tokens,
+            "copied": execution.copied,
             "rates": execution.rates(),
             "replica_losses": execution.replica_losses,
             "error": execution.error,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -19,12 +20,22 @@ from jobs.progress import ProgressDisplay, ProgressTracker
 from jobs.summary import Execution
 from pipeline.counters import RowTotals
 from pipeline.errors import InfrastructureError, RunError
+from pipeline.generate import DISPATCH_DIED
 from pipeline.lease import Lease
 from pipeline.monitor import Figures
 
 logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 0.25
+DEMAND_INTERVAL_S = 2.0
+"""How often the fleet hears what is left to do, so that it can grow, shrink, and forget a run that has died."""
+DISPATCH_SILENT_S = 60.0
+"""Dispatch speaks twice a second. When its process dies, Ray Data 2.60 mostly ends the flow, but at times, and always
+when no shard is with it, waits for ever."""
+MONITOR_DIED = (
+    "the run's monitor process died, killed from outside or for lack of memory; what is committed is safe: "
+    "rerun the same command"
+)
 GRACE_S = 10.0
 """How long a flow may take to end after everything unfinished was dropped, or all that was begun is committed."""
 
@@ -43,6 +54,7 @@ class Supervisor:
         rows_before: RowTotals,
         rows_to_do: int,
         interrupts: Interrupts,
+        retries_failed: bool = True,
         lease: Lease | None = None,
     ) -> None:
         self._job = job
@@ -51,7 +63,11 @@ class Supervisor:
         self._monitor = monitor
         self._display = display
         self._lease = lease
-        retried = rows_to_do + rows_before.num_rows - job.plan.num_rows
+        self._rows_to_do = rows_to_do
+        self._demanded_at = -math.inf
+        self._wanted: Any = None
+        """The fleet's answer on its way: replicas that it wants."""
+        retried = rows_to_do + rows_before.num_rows - job.plan.num_rows if retries_failed else 0
         self._failed_before = max(0, rows_before.samples.get("failed", 0) - retried)
         self._tracker = ProgressTracker(
             run_id=execution.run_id,
@@ -67,6 +83,7 @@ class Supervisor:
         self._abandoned_at: float | None = None
         self._lease_lost: InfrastructureError | None = None
         self._error: BaseException | None = None
+        self._monitor_lost = False
         self._figures = Figures()
         self._ready_at: float | None = None
         """When the fleet's first replica could take work; seconds since the epoch, as the fleet is another process."""
@@ -112,6 +129,12 @@ class Supervisor:
             self._error = error
 
     def _given_up(self) -> bool:
+        lost = self._figures.dispatch_died or self._figures.silent_s > DISPATCH_SILENT_S
+        if self._monitor_lost:
+            return True
+        if lost and self._error is None:
+            self._error = InfrastructureError(DISPATCH_DIED)
+            return True
         now = time.monotonic()
         ends = [ordered for ordered in (self._abandoned_at, self._stopped_at) if ordered is not None]
         return any(now - ordered > GRACE_S for ordered in ends) or self._interrupts.count > 2
@@ -119,8 +142,13 @@ class Supervisor:
     def _look(self, thread: threading.Thread) -> None:
         import ray
 
-        with contextlib.suppress(ray.exceptions.RayError):
+        try:
             self._figures = ray.get(self._monitor.read.remote(), timeout=5)
+        except ray.exceptions.ActorDiedError:  # dispatch would hear no order any more, this one included
+            self._error = self._error or InfrastructureError(MONITOR_DIED)
+            self._monitor_lost = True
+        except ray.exceptions.RayError:
+            logger.debug("the monitor doesn't answer", exc_info=True)
         if self._reason is None and self._interrupts.count:
             self._reason = ("interrupted", 130)
             limit = self._job.spec.limits.drain_timeout_s
@@ -129,6 +157,7 @@ class Supervisor:
         if self._reason is None and self._job.too_many_failed(failed):
             self._reason = ("too_many_failures", 1)
         self._check_lease()
+        self._tell_fleet()
         self._give_orders()
         if thread.is_alive():
             starting = self.goes_on and not self._figures.replicas_up
@@ -136,6 +165,19 @@ class Supervisor:
 
     def _show(self, state: str) -> None:
         self._display.show(self._tracker.look(self._figures, state), final=state == "ended")
+
+    def _tell_fleet(self) -> None:
+        import ray
+
+        now = time.monotonic()
+        if now - self._demanded_at < DEMAND_INTERVAL_S:
+            return
+        self._demanded_at = now
+        if self._wanted is not None and ray.wait([self._wanted], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._tracker.replicas_wanted = ray.get(self._wanted)
+        rows_left = self._rows_to_do - self._figures.rows_done if self.goes_on else self._figures.rows_in_flight
+        self._wanted = self._fleet.want.remote(self._execution.run_id, max(0, rows_left))
 
     def _check_lease(self) -> None:
         if self._lease is None or self._lease_lost is not None:
@@ -157,9 +199,7 @@ class Supervisor:
             self._abandoned_at = now
             self._monitor.give_order.remote("abandon")
         if self._stopped_at is None and self._figures.drained:
-            # Left alone, the flow would still read and template the whole rest of the input. It ends by an exception,
-            # of which Ray Data would speak at length.
-            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+            # Left alone, the flow would still read and template the whole rest of the input.
             self._stopped_at = now
             self._monitor.give_order.remote("stop")
 
@@ -170,11 +210,18 @@ class Supervisor:
         execution.rows_done = self._figures.rows_done
         execution.input_tokens = self._figures.input_tokens
         execution.generated_tokens = self._figures.generated_tokens
+        execution.copied = {
+            "rows": self._figures.copied_rows,
+            "input_tokens": self._figures.copied_input_tokens,
+            "generated_tokens": self._figures.copied_generated_tokens,
+        }
         execution.versions = {"ray": ray.__version__}
         with contextlib.suppress(ray.exceptions.RayError):
             status = ray.get(self._fleet.status.remote(), timeout=10)
             self._ready_at = status["first_ready_at"]
-            execution.replica_losses = status["losses"]
+            began = execution.started_at.isoformat(timespec="milliseconds")
+            execution.replica_losses = [loss for loss in status["losses"] if loss["at"] >= began]  # not earlier runs'
+            self._fleet.want.remote(execution.run_id, 0)
             execution.versions |= status["versions"]
             if status["verdict"] is not None and status["verdict"] in str(self._error):
                 error = RunError(status["verdict"])

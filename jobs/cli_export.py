@@ -1,0 +1,36 @@
+"""The command that gives a run's results another form. Parse, call, print, as in `jobs.cli`, whose program it joins."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+Output = Annotated[str, typer.Argument(help="A run's output directory or URL, or its spec.", metavar="OUTPUT")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+def add_export_command(app: typer.Typer) -> None:
+    """Register the command of this module."""
+    app.command()(export)
+
+
+def export(
+    output: Output,
+    openai_batch: Annotated[str, typer.Option(help="Where to write output.jsonl and error.jsonl.", metavar="FOLDER")],
+    partial: Annotated[bool, typer.Option("--partial", help="Export a run that isn't finished.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's results as OpenAI's batch API does.
+
+    Example: tramontane export out/batch --openai-batch out/openai
+    """
+    from jobs.openai_export import export_batch, export_lines
+
+    report = export_batch(output, openai_batch, is_partial=partial)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        print("\n".join(export_lines(report)), file=sys.stdout)

@@ -1,0 +1,24 @@
+"""What came of a synthesis, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FIGURES = ("distinct_1", "distinct_2", "distinct_3", "self_similarity")
+
+
+def synthesis_lines(summary: dict[str, Any]) -> list[str]:
+    """What came of a synthesis, for people; nothing for other jobs."""
+    if "synthesis" not in summary:
+        return []
+    report = summary["synthesis"]
+    dropped = ", ".join(f"{reason} {count:,}" for reason, count in report["dropped"].items()) or "none"
+    lines = [f"  records   {report['records']:,}; dropped: {dropped}"]
+    lines += [
+        f"  round {number}   {each['asked_again']:,} asked again, {each['mended']:,} mended"
+        for number, each in enumerate(report["rounds"], start=1)
+    ]
+    figures = report["diversity"]
+    shown = [f"{name} {figures[name]:g}" for name in _FIGURES if figures[name] is not None]
+    shown += [f"{name} {each['drawn']:,} of {each['of']:,}" for name, each in figures["coverage"].items()]
+    return [*lines, f"  diversity {', '.join(shown)}"] if shown else lines
