@@ -36,7 +36,7 @@ types: setup ## mypy, strict
 	$(BIN)/mypy
 
 test: lint types ## everything that CI runs
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=30  # as listed: the slow files first
 
 test-long: setup ## soak and fault campaigns, many minutes
 	$(BIN)/pytest -q -m long

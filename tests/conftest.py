@@ -1,4 +1,4 @@
-"""Fixtures that several test folders share: a real S3 HTTP server with fresh buckets, and a local Ray.
+"""Fixtures that several test folders share: a real S3 HTTP server with fresh buckets, a local Ray, quick processes.
 
 Knows nothing of the pipeline. Invariants: no test ever reaches a real object store, because the endpoint and the
 credentials in the environment are those of the server started here; none joins or stops a Ray that it did not start.
@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import settings
+
+from tests.driver_processes import DriverLauncher
+from tests.faults.forkserver import forkserver
+from tests.own_ray import own_ray
+
+settings.register_profile("tests", deadline=None)  # 200 ms by default, which a busy machine takes for nothing
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
@@ -55,24 +64,32 @@ def s3_bucket(s3_server: str) -> str:
 
 @pytest.fixture(scope="session")
 def _ray_session() -> Iterator[None]:
-    import ray
-
-    # A short path of our own: Ray's sockets must stay under 108 bytes, and other Rays' files are none of our business.
-    folder = tempfile.mkdtemp(prefix="tm-ray-", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=256 << 20,
-        _temp_dir=folder,
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with own_ray():
+        yield
 
 
 @pytest.fixture
 def local_ray(_ray_session: None) -> None:
     """A Ray of this test session's own, started by the first test that asks."""
+
+
+@pytest.fixture
+def new_launcher(tmp_path: Path) -> Iterator[Callable[..., DriverLauncher]]:
+    """Makes launchers of drivers whose scripted engines have these settings; their drivers end with the test."""
+    launchers: list[DriverLauncher] = []
+
+    def make(**engines: Any) -> DriverLauncher:
+        folder = tmp_path / f"drivers-{len(launchers)}"
+        folder.mkdir()
+        launchers.append(DriverLauncher(folder, engines))
+        return launchers[-1]
+
+    yield make
+    for launcher in launchers:
+        launcher.close()
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts child processes in some 20 ms."""
+    return forkserver()

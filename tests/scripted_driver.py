@@ -1,7 +1,8 @@
 """The command line with scripted engines: `python -m tests.scripted_driver CONFIG.json run SPEC ...`.
 
 Everything is `tramontane`'s own (parsing, signals, messages, exit codes) but the pools, which CONFIG.json describes:
-{"replicas": 1, ...fields of ScriptedConfig}. Tests start, interrupt and kill it as a user's shell would.
+{"replicas": 1, "gpu": "L4" (none by default), ...fields of ScriptedConfig}. Tests start, interrupt and kill it as a
+user's shell would.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ import sys
 from typing import Any
 
 import jobs.run
-from cluster.fleet import PoolPlan
-from jobs.cli import main
+from cluster.pools import PoolPlan, SlotShape
+from jobs.execute import Engines
+from jobs.main import main
+from jobs.prepare import PreparedJob
 from pipeline.engine import MoeShape
 from tests.scripted_engine import ScriptedConfig
 
 
 def scripted_pools(fields: dict[str, Any]) -> list[PoolPlan]:
-    """The pools that a CONFIG.json describes; every field of ScriptedConfig but `faults`, whose keys aren't text."""
+    """The pools that a CONFIG.json describes, whose keys are text, those of `faults` too."""
     replicas = fields.pop("replicas", 1)
-    config = ScriptedConfig(**{**fields, "moe": MoeShape(*fields["moe"])})
-    return [PoolPlan("scripted", replicas, config, max_num_seqs=config.max_num_seqs)]
+    gpu = fields.pop("gpu", None)
+    shape = SlotShape(num_gpus=1, gpu_type=gpu, gpu_labels=(gpu,)) if gpu else SlotShape()
+    faults = {int(token): action for token, action in fields.pop("faults", {}).items()}
+    config = ScriptedConfig(**{**fields, "moe": MoeShape(*fields["moe"])}, faults=faults)
+    return [PoolPlan("scripted", replicas, config, max_num_seqs=config.max_num_seqs, shape=shape)]
 
 
 if __name__ == "__main__":
@@ -30,5 +36,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(sys.argv.pop(1)) as file:
         pools = scripted_pools(json.load(file))
-    jobs.run.pool_plans = lambda *_, **__: pools
+    engines_of = jobs.run.engines_of
+
+    def scripted_engines(job: PreparedJob, **options: Any) -> Engines:
+        """The scripted pools, unless the job attaches to a warm fleet."""
+        return engines_of(job, **{**options, "pools": None if job.spec.fleet.attach else pools})
+
+    jobs.run.engines_of = scripted_engines
     main()

@@ -14,9 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import ray
+from numpy.typing import NDArray
 
-from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Request, Sample, Timing
+import pipeline.replica
+from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Piece, Request, Sample, Timing, TokenLog
 from pipeline.errors import RequestRefused
+from pipeline.json_schemas import schema_text
+from tests.scripted_json import json_text
 
 MOE = MoeShape(num_layers=2, num_experts=8, top_k=2)
 
@@ -27,7 +32,7 @@ class ScriptedConfig:
 
     faults: {token id: action}, where an action is one of `crash` (SIGKILL to itself), `raise` (step raises), `hang`
     (step never returns), `error` (the request fails), `error_once` (fails once per process), `refuse` (add raises),
-    `never` (the request never finishes), `zeros` (routing of silent zeros).
+    `never` (the request never finishes; a streamed one gains a word a step), `zeros` (routing of silent zeros).
     """
 
     max_num_seqs: int = 64
@@ -41,8 +46,19 @@ class ScriptedConfig:
     faults: dict[int, str] = field(default_factory=dict)
     journal: str | None = None
     """Directory in which each engine process logs the requests it starts, one line each."""
+    finishes: str | None = None
+    """Directory in which each engine process logs when it finished each request (seconds since the epoch), and where:
+    `PID.times`, `PID.node`."""
+
+    confidence: float = 1.0
+    """By how much the logs of choices' probabilities are too large: 1 is honest, see `honest_logs`."""
+
+    consumer_gone_s: float | None = None
+    """Instead of `pipeline.replica.CONSUMER_GONE_S`."""
 
     def build(self) -> ScriptedEngine:
+        if self.consumer_gone_s is not None:
+            pipeline.replica.CONSUMER_GONE_S = self.consumer_gone_s
         if self.fail_start:
             raise RuntimeError(self.fail_start)
         time.sleep(self.start_delay_s)
@@ -55,21 +71,29 @@ class ScriptedEngine:
         self.info = EngineInfo(config.max_num_seqs, config.max_model_len, config.moe, {"scripted": "1"})
         self._running: dict[str, tuple[Request, int]] = {}
         self._seen: set[int] = set()
+        self._streams: dict[str, list[Piece]] = {}
+        """Of streamed requests, what is still to be told."""
         self._journal = None
         if config.journal:
             self._journal = open(  # noqa: SIM115  open as long as the process
                 os.path.join(config.journal, f"{os.getpid()}.log"), "a", buffering=1
             )
 
+        self._finishes = None
+        if config.finishes:
+            self._finishes = open(os.path.join(config.finishes, f"{os.getpid()}.times"), "a", buffering=1)  # noqa: SIM115
+            with open(os.path.join(config.finishes, f"{os.getpid()}.node"), "w") as file:
+                file.write(ray.get_runtime_context().get_node_id())
+
     def add(self, request: Request) -> None:
         if self._action(request) == "refuse":
             raise RequestRefused("refused by script")
         self._running[request.request_id] = (request, self.config.steps_per_request)
 
-    def step(self) -> Sequence[Completion | Failure]:
+    def step(self) -> Sequence[Completion | Failure | Piece]:
         if self.config.step_delay_s and self._running:
             time.sleep(self.config.step_delay_s)
-        done: list[Completion | Failure] = []
+        done: list[Completion | Failure | Piece] = []
         for request_id, (request, left) in list(self._running.items())[: self.config.max_num_seqs]:
             if left == self.config.steps_per_request and self._journal:
                 self._journal.write(",".join(map(str, request.prompt_token_ids[:64])) + "\n")
@@ -81,17 +105,34 @@ class ScriptedEngine:
                 done.append(Failure(request_id, "request_error", "failed by script"))
                 continue
             if action == "never":
+                done += [Piece(request_id, 0, "on ", 1)] if request.stream else []
                 continue
             if left > 1:
                 self._running[request_id] = (request, left - 1)
                 continue
+            if request.stream and (piece := self._next_piece(request)) is not None:
+                done.append(piece)
+                continue
             del self._running[request_id]
             done.append(complete(request, self.config, zeros=action == "zeros"))
+            if self._finishes:
+                self._finishes.write(f"{time.time()}\n")
         return done
+
+    def _next_piece(self, request: Request) -> Piece | None:
+        """A word of each sample a step."""
+        if request.request_id not in self._streams:
+            self._streams[request.request_id] = pieces_of(request, complete(request, self.config))
+        left = self._streams[request.request_id]
+        if left:
+            return left.pop(0)
+        del self._streams[request.request_id]
+        return None
 
     def abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._running.pop(request_id, None)
+            self._streams.pop(request_id, None)
 
     def close(self) -> None:
         self._running.clear()
@@ -116,8 +157,40 @@ def id_of(request: Request) -> int:
 
 
 def complete(request: Request, config: ScriptedConfig, *, zeros: bool = False) -> Completion:
-    samples = tuple(scripted_sample(request, index, config, zeros=zeros) for index in range(request.sampling.n))
+    if request.choices is not None:
+        samples: tuple[Sample, ...] = (scripted_choice(request, config),)
+    else:
+        samples = tuple(scripted_sample(request, index, config, zeros=zeros) for index in range(request.sampling.n))
     return Completion(request.request_id, samples, 0, Timing(0.0, 0.0, 0.0))
+
+
+def pieces_of(request: Request, whole: Completion) -> list[Piece]:
+    """Its samples word by word, by turns."""
+    pieces = []
+    for sample in whole.samples:
+        words = sample.text.split(" ")
+        texts = [word + " " * (number < len(words) - 1) for number, word in enumerate(words)]
+        logs = sample.token_logs or ()
+        pieces += [(n, Piece(request.request_id, sample.index, t, 1, logs[n : n + 1])) for n, t in enumerate(texts)]
+    return [piece for _, piece in sorted(pieces, key=lambda pair: (pair[0], pair[1].index))]
+
+
+def honest_logs(prompt_token_ids: Sequence[int], num_choices: int) -> list[float]:
+    """Logs of the choices' true probabilities: a function of the prompt alone."""
+    digest = hashlib.blake2b(np.asarray(prompt_token_ids, np.int32).tobytes()).digest()
+    probabilities = np.random.default_rng(list(digest)).dirichlet(np.full(num_choices, 0.6))
+    return [float(log) for log in np.log(np.maximum(probabilities, 1e-12))]
+
+
+def scripted_choice(request: Request, config: ScriptedConfig) -> Sample:
+    """The most probable choice, with routing as if it had been generated."""
+    assert request.choices is not None
+    choices = request.choices.choices
+    logs = tuple(config.confidence * log for log in honest_logs(request.prompt_token_ids, len(choices)))
+    best = choices[logs.index(max(logs))]
+    digest = hashlib.blake2b(np.asarray(request.prompt_token_ids, np.int32).tobytes()).digest()
+    routed = routing_of(digest, len(request.prompt_token_ids) + len(best) - 1, config)
+    return Sample(0, "", best, "stop", None, max(logs), routed, choice_logs=logs)
 
 
 def scripted_sample(request: Request, index: int, config: ScriptedConfig, *, zeros: bool = False) -> Sample:
@@ -129,26 +202,55 @@ def scripted_sample(request: Request, index: int, config: ScriptedConfig, *, zer
     limit = request.sampling.max_tokens
     truncated = length > limit
     token_ids = tuple(int(byte) for byte in digest[1 : 1 + min(length, limit)])
-    routed, moe = None, config.moe
-    if moe is not None:
-        tokens = len(request.prompt_token_ids) + len(token_ids) - 1
-        # Two different experts for each (token, layer): a hash chooses the first, a non-zero offset the second.
-        stream = np.resize(np.frombuffer(digest, np.uint8), tokens * moe.num_layers).astype(np.int64)
-        stream = (stream + np.arange(stream.size) * 7) % 251
-        first = stream % moe.num_experts
-        second = (first + 1 + stream % (moe.num_experts - 1)) % moe.num_experts
-        if config.random_routing:
-            order = np.random.default_rng(list(digest)).random((tokens * moe.num_layers, moe.num_experts)).argsort()
-            first, second = order[:, 0], order[:, 1]
-        routed = np.stack([first, second], axis=-1).reshape(tokens, moe.num_layers, 2).astype(np.uint8)
-        if zeros:
-            routed[:] = 0
+    text = " ".join(f"w{token}" for token in token_ids)
+    if request.sampling.is_json:
+        text, token_ids, truncated = scripted_json(request, digest)
+    routed = routing_of(digest, len(request.prompt_token_ids) + len(token_ids) - 1, config, zeros=zeros)
     return Sample(
         index=index,
-        text=" ".join(f"w{token}" for token in token_ids),
+        text=text,
         token_ids=token_ids,
         finish_reason="length" if truncated else "stop",
         stop_reason=None,
         cumulative_logprob=-float(digest[2]) if request.sampling.logprob else None,
         routed_experts=routed,
+        token_logs=None if request.num_top_logs is None else scripted_logs(token_ids, request.num_top_logs),
     )
+
+
+def scripted_logs(token_ids: Sequence[int], num_top: int) -> tuple[TokenLog, ...]:
+    """The generated token is always the likeliest, and others follow it at equal distances."""
+    return tuple(
+        TokenLog(f"w{token}", -0.5, tuple((f"w{token + rank}", -0.5 - rank) for rank in range(num_top)))
+        for token in token_ids
+    )
+
+
+def scripted_json(request: Request, digest: bytes) -> tuple[str, tuple[int, ...], bool]:
+    """JSON as asked, four bytes a token, and whether it was cut."""
+    schema = request.sampling.json_schema
+    text = json_text(schema_text(schema or {"type": "object"}), int.from_bytes(digest[:8], "little"))
+    ids = tuple(text.encode()[::4])
+    limit = request.sampling.max_tokens
+    if len(ids) > limit:
+        return text.encode()[: 4 * limit].decode(errors="ignore"), ids[:limit], True
+    return text, ids, False
+
+
+def routing_of(digest: bytes, tokens: int, config: ScriptedConfig, *, zeros: bool = False) -> NDArray[np.uint8] | None:
+    """[tokens, layers, 2] expert ids that only the digest decides."""
+    moe = config.moe
+    if moe is None:
+        return None
+    # Two different experts for each (token, layer): a hash chooses the first, a non-zero offset the second.
+    stream = np.resize(np.frombuffer(digest, np.uint8), tokens * moe.num_layers).astype(np.int64)
+    stream = (stream + np.arange(stream.size) * 7) % 251
+    first = stream % moe.num_experts
+    second = (first + 1 + stream % (moe.num_experts - 1)) % moe.num_experts
+    if config.random_routing:
+        order = np.random.default_rng(list(digest)).random((tokens * moe.num_layers, moe.num_experts)).argsort()
+        first, second = order[:, 0], order[:, 1]
+    routed = np.stack([first, second], axis=-1).reshape(tokens, moe.num_layers, 2).astype(np.uint8)
+    if zeros:
+        routed[:] = 0
+    return routed

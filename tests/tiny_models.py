@@ -1,12 +1,20 @@
-"""Small models with random weights, each with its own tokenizer and chat template: what isn't Mixtral 8x7B v0.1."""
+"""Small models, each with its own tokenizer and chat template, for what isn't quite Mixtral 8x7B v0.1 and what isn't at
+all; those with weights have random ones."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import tiny_mixtral
+from pipeline.model import cache_directory
+from tests.cluster.real_configs import MIXTRAL_8X7B
+
+MIXTRAL_CONFIG = {"model_type": "mixtral", "vocab_size": 32000}
+"""What tells Mixtral 8x7B from other models before its tokenizer is looked at."""
 CHATML = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -33,45 +41,53 @@ COMMON = {
 }
 
 
-def write_chatml_tokenizer(folder: Path, *, template: str | None = CHATML) -> int:
-    """A byte-level BPE of a few hundred ids, made here; returns the vocabulary's size."""
+def train_bpe(texts: Iterable[str], special_tokens: Sequence[str]) -> Any:
+    """A byte-level BPE of at most 400 ids, of which the special tokens are the first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_chatml_tokenizer(folder: Path, *, template: str | None = CHATML) -> int:
+    """A tokenizer made here; returns the vocabulary's size."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = train_bpe(CORPUS, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = template
     fast.save_pretrained(folder)
     return len(fast)
 
 
+def write_v1_model(folder: Path, template: str = tiny_mixtral.CHAT_TEMPLATE) -> Path:
+    """Mixtral 8x7B's tokenizer with this chat template, and a config that says so; no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_mixtral._write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    (folder / "config.json").write_text(json.dumps(MIXTRAL_CONFIG))
+    return folder
+
+
 def write_mixtral_v3_tokenizer(folder: Path) -> int:
     """Mixtral 8x22B's own SentencePiece file, out of mistral_common, as a Hugging Face tokenizer."""
     import mistral_common
 
+    write_v1_model(folder, MIXTRAL_8X22B)
     data = Path(mistral_common.__file__).parent / "data"
-    folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data / "mistral_instruct_tokenizer_240323.model.v3", folder / "tokenizer.model")
-    config = {
-        "tokenizer_class": "LlamaTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "legacy": False,
-        "additional_special_tokens": ["[INST]", "[/INST]"],
-    }
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["additional_special_tokens"] = ["[INST]", "[/INST]"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").write_text(MIXTRAL_8X22B)
     return 32768
 
 
@@ -131,3 +147,12 @@ def make_mixtral_8x22b(folder: Path) -> Path:
         **COMMON,
     )
     return save_random("MixtralForCausalLM", folder, config)
+
+
+def make_mixtral_8x7b_without_weights(folder: Path) -> Path:
+    """What `plan` reads of Mixtral 8x7B: its config's figures and, from `tiny`, its own tokenizer."""
+    shutil.copytree(tiny_mixtral.ensure_tiny_mixtral(cache_directory()), folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.write_bytes(b"")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["MixtralForCausalLM"], **MIXTRAL_8X7B}))
+    return folder

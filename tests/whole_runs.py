@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from cluster.fleet import PoolPlan
+from cluster.fleet import start_fleet
+from cluster.pools import PoolPlan
 from jobs.prepare import PreparedJob, prepare
 from jobs.run import RunOptions, run_job
 from jobs.spec import parse_spec
+from jobs.synthesis import run_synthesis
 from pipeline.counters import RunCounters
 from pipeline.engine import MoeShape
 from pipeline.parts import read_footer
@@ -52,12 +54,71 @@ def make_job(input_path: str | Path, output: str | Path, /, **sections: dict[str
 
 
 def run_scripted(
-    job: PreparedJob, config: ScriptedConfig | None = None, *, replicas: int = 1, **options: Any
+    job: PreparedJob,
+    config: ScriptedConfig | None = None,
+    *,
+    replicas: int = 1,
+    said: list[str] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Run with scripted engines; the model's files still decide tokens."""
+    """Run with scripted engines; the model's files still decide tokens. What it says to people is added to `said`.
+
+    Without a config, in a Ray that is there, the engine is one that all such runs share: each start takes 3 s.
+    """
+    import ray
+
+    fleet = _shared_fleet() if config is None and replicas == 1 and ray.is_initialized() else None
     config = config or ScriptedConfig(moe=TINY_MOE)
     pools = [PoolPlan("scripted", replicas, config, max_num_seqs=config.max_num_seqs)]
-    return run_job(job, RunOptions(quiet=True, **options), say=lambda line: None, pools=pools)
+    say = [].append if said is None else said.append
+    run = run_job if job.spec.synthesize is None else run_synthesis
+    return run(job, RunOptions(quiet=True, **options), say=say, pools=pools, fleet=fleet)
+
+
+_fleets: dict[str, Any] = {}
+
+
+def _shared_fleet() -> Any:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    if address not in _fleets:
+        config = ScriptedConfig(moe=TINY_MOE)
+        _fleets[address] = start_fleet([PoolPlan("scripted", 1, config, max_num_seqs=config.max_num_seqs)])
+    return _fleets[address]
+
+
+def token_of(word: str) -> int:
+    """The id of a word that is a single token: what a fault of the scripted engine is tied to."""
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    ids = MistralTokenizer.v1().instruct_tokenizer.tokenizer.encode(f"a {word}", bos=False, eos=False)
+    return int(ids[1])
+
+
+def journaling(folder: Path) -> ScriptedConfig:
+    """Engines that note every row they start, for `num_started`."""
+    folder.mkdir()
+    return ScriptedConfig(moe=TINY_MOE, journal=str(folder))
+
+
+def num_started(journal: Path) -> int:
+    """Rows that engines began, over all processes there were."""
+    return sum(log.read_text().count("\n") for log in journal.iterdir())
+
+
+def unfinished_run(folder: Path) -> Path:
+    """150 rows in three parts, done to `folder/out`, and then the second part lost; returns the input."""
+    rows = write_prompts(folder / "in.parquet", 150)
+    run_scripted(make_job(rows, folder / "out"))
+    sorted((folder / "out" / "data").iterdir())[1].unlink()
+    return rows
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes | None]]:
+    """Everything below the folder: path -> when it changed last, and its bytes unless it is a folder."""
+    paths = [folder, *folder.rglob("*")]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in paths}
 
 
 def read_output(output: str | Path) -> pa.Table:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -21,9 +20,10 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from pipeline.dispatcher import WINDOW_FACTOR
+from tests.driver_processes import process_below
+from tests.own_ray import own_ray
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import TINY_MOE, make_job, run_scripted
 
@@ -58,7 +58,7 @@ class MemoryWatch:
         while not self.stop.wait(INTERVAL_S):
             with contextlib.suppress(OSError, ValueError, psutil.Error):
                 progress = json.loads(self.progress_file.read_text())
-                dispatcher = self._dispatcher = self._dispatcher or find_dispatcher(me)
+                self._dispatcher = dispatcher = self._dispatcher or process_below(me.pid, "GenerateStage")
                 if dispatcher is not None:
                     sample = {name: progress[name] for name in ("rows_done", "rows_in_flight")}
                     self.samples.append(sample | {"driver_mib": rss(me), "dispatcher_mib": rss(dispatcher)})
@@ -70,35 +70,17 @@ def rss(process: psutil.Process) -> float:
     return (memory.rss - memory.shared) / MIB
 
 
-def find_dispatcher(driver: psutil.Process) -> psutil.Process | None:
-    for child in driver.children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "GenerateStage" in " ".join(child.cmdline()):
-                return child
-    return None
-
-
 def main(rows: int, folder: Path, replicas: int) -> None:
     job = make_job(write_rows(folder / "in.parquet", rows), folder / "out")
     watch = MemoryWatch(folder / "out" / "_run" / "progress.json")
     thread = threading.Thread(target=watch.watch, daemon=True)
-    with tempfile.TemporaryDirectory(prefix="tm-ray-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=256 << 20,
-            _temp_dir=ray_folder,
-        )
+    with own_ray():
         thread.start()
         began = time.monotonic()
         summary = run_scripted(job, ScriptedConfig(moe=TINY_MOE, max_num_seqs=MAX_NUM_SEQS), replicas=replicas)
         wall = time.monotonic() - began
         watch.stop.set()
         thread.join()
-        ray.shutdown()
     report = {
         "rows": rows,
         "wall_s": wall,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.fleet import PoolPlan
-from jobs.run import require_gpus
+from jobs.run import RunOptions, run_job
 from pipeline.datasink import PartSink
 from pipeline.errors import InfrastructureError, SpecError
 from pipeline.lease import acquire_lease
 from pipeline.storage import Store
 from tests.scripted_engine import ScriptedConfig
+from tests.whole_runs import TINY_MOE, make_job, run_scripted, snapshot, token_of, write_prompts
 
 
 def test_a_driver_that_was_replaced_commits_nothing_more(tmp_path: Path) -> None:
@@ -25,7 +25,37 @@ def test_a_driver_that_was_replaced_commits_nothing_more(tmp_path: Path) -> None
         sink._check_ownership()
 
 
-def test_gpus_that_are_not_there_are_refused_before_anything_waits_for_them(local_ray: None) -> None:
-    require_gpus([PoolPlan("cpu-0", 2, ScriptedConfig())])
-    with pytest.raises(SpecError, match=r"H100-80G-0.*need 4 GPUs, but this machine has 0"):
-        require_gpus([PoolPlan("H100-80G-0", 2, ScriptedConfig(), num_gpus=2)])
+def run_on_gpus(rows: Path, output: Path, options: RunOptions, said: list[str]) -> int:
+    """Run the spec's own pools, which want four GPUs."""
+    fleet = {"pools": [{"gpu": "H100-80G", "replicas": 2, "tensor_parallel": 2}]}
+    job = make_job(rows, output, fleet=fleet)
+    return int(run_job(job, options, say=said.append)["exit_code"])
+
+
+def test_gpus_that_are_not_there_are_refused_before_anything_changes_and_only_if_there_is_work(
+    local_ray: None, tmp_path: Path
+) -> None:
+    text = ["please explode" if n == 3 else f"question number {n}" for n in range(100)]
+    rows, output = write_prompts(tmp_path / "in.parquet", 100, text=text), tmp_path / "out"
+    run_scripted(make_job(rows, output), ScriptedConfig(moe=TINY_MOE, faults={token_of("explode"): "error"}))
+    said: list[str] = []
+
+    def check_refused(output: Path, options: RunOptions) -> None:
+        before = snapshot(tmp_path)
+        with pytest.raises(SpecError, match=r"H100-80G-0.*GPU") as refusal:
+            run_on_gpus(rows, output, options, said)
+        assert refusal.value.exit_code == 2
+        assert snapshot(tmp_path) == before
+
+    check_refused(tmp_path / "new", RunOptions())
+    check_refused(output, RunOptions())  # a row to do again; its summary is there
+    check_refused(output, RunOptions(only_failed=True))
+    assert said == []
+    assert run_on_gpus(rows, output, RunOptions(retry_failed=False), said) == 0
+    assert run_on_gpus(rows, output, RunOptions(only_failed=True, kinds=("engine_crash",)), said) == 0
+    assert all(line.startswith("nothing to do: all 100 of 100 rows") for line in said)
+    assert len(said) == 2
+    (output / "summary.json").unlink()  # as after an execution that died: now footers alone say that there is work
+    check_refused(output, RunOptions())
+    min((output / "data").iterdir()).unlink()  # now rows are missing
+    check_refused(output, RunOptions(retry_failed=False))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,12 +20,12 @@ class Interrupted:
 
     NUM_ROWS = 1500
 
-    def __init__(self, folder: Path, **config: Any) -> None:
+    def __init__(self, folder: Path, launcher: DriverLauncher) -> None:
         self.rows = write_prompts(folder / "in.parquet", self.NUM_ROWS)
         self.output = folder / "out"
         self.spec = folder / "job.yaml"
         self.spec.write_text(spec_text(self.rows, self.output))
-        self.launcher = DriverLauncher(folder, {"max_num_seqs": 16, "step_delay_s": 0.05, **config})
+        self.launcher = launcher
 
     def at_work(self) -> Driver:
         driver = self.launcher.start(self.spec)
@@ -40,17 +39,18 @@ def in_flight(progress: Path) -> int:
 
 
 @pytest.fixture
-def interrupted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Interrupted]:
-    run = Interrupted(tmp_path, **getattr(request, "param", {}))
-    yield run
-    run.launcher.close()
+def interrupted(
+    request: pytest.FixtureRequest, tmp_path: Path, new_launcher: Callable[..., DriverLauncher]
+) -> Interrupted:
+    engines = {"max_num_seqs": 16, "step_delay_s": 0.05, **getattr(request, "param", {})}
+    return Interrupted(tmp_path, new_launcher(**engines))
 
 
 @pytest.mark.parametrize(
     ("number", "to_group"),
     [
         (signal.SIGINT, True),
-        (signal.SIGTERM, True),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.long),
         pytest.param(signal.SIGINT, False, marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.long),
     ],

@@ -38,17 +38,24 @@ class Served:
         return run_job(job, RunOptions(quiet=True), say=lambda line: None, fleet=self.fleet)
 
 
-@pytest.fixture(scope="module")
-def served(_ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
-    """All three at once: starting is mostly imports, which overlap."""
-    folder = tmp_path_factory.mktemp("models")
-    models: dict[str, Served] = {}
-    for make in (make_llama, make_qwen_moe, make_mixtral_8x22b):
-        path = make(folder / make.__name__)
-        job = make_job(write_prompts(folder / "any.parquet", 1), folder / "none", model={"source": str(path)})
+class Models(dict[str, Served]):
+    """Served from the first time that one is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __missing__(self, name: str) -> Served:
+        make = {"llama": make_llama, "qwen_moe": make_qwen_moe, "mixtral_8x22b": make_mixtral_8x22b}[name]
+        path = make(self._folder / name)
+        job = make_job(write_prompts(self._folder / "any.parquet", 1), self._folder / "no", model={"source": str(path)})
         pools = pool_plans(job.spec.fleet, job.spec.model, model_path=str(path), moe=job.moe)
-        fleet = start_fleet(pools, keep_expert_ids=False, request_timeout_s=120)
-        models[make.__name__.removeprefix("make_")] = Served(path, fleet)
+        self[name] = Served(path, start_fleet(pools))
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def served(_ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+    models = Models(tmp_path_factory.mktemp("models"))
     yield models
     for model in models.values():
         stop_fleet(model.fleet)
@@ -63,8 +70,8 @@ def prompts(job: PreparedJob) -> list[str]:
     return [stage.decode(row) for row in ids]
 
 
-@pytest.mark.timeout(240)
-def test_a_dense_model_runs_with_routing_off_and_says_why(served: dict[str, Served], tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_dense_model_runs_with_routing_off_and_says_why(served: Models, tmp_path: Path) -> None:
     summary = served["llama"].run(tmp_path)
     assert summary["exit_code"] == 0
     assert summary["routing"] == {
@@ -81,15 +88,15 @@ def test_a_dense_model_runs_with_routing_off_and_says_why(served: dict[str, Serv
     assert not list((tmp_path / "out" / "routing").glob("*")), "routing tables of a model that has no router"
 
 
-@pytest.mark.timeout(240)
-def test_a_dense_models_own_chat_template_is_used(served: dict[str, Served], tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_dense_models_own_chat_template_is_used(served: Models, tmp_path: Path) -> None:
     job = served["llama"].job(tmp_path, prompt={"template": "{{ text }}", "system": "be brief"})
     expected = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert prompts(job) == [expected.format(text) for text in TEXTS[:3]]
 
 
-@pytest.mark.timeout(240)
-def test_routing_adapts_to_another_models_layers_experts_and_top_k(served: dict[str, Served], tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_routing_adapts_to_another_models_layers_experts_and_top_k(served: Models, tmp_path: Path) -> None:
     summary = served["qwen_moe"].run(tmp_path)
     assert summary["exit_code"] == 0
     assert {name: summary["model"][name] for name in ("architecture", "layers", "experts", "top_k")} == {
@@ -111,8 +118,9 @@ def test_routing_adapts_to_another_models_layers_experts_and_top_k(served: dict[
     assert set(experts["expert"].to_pylist()) == set(range(6))
 
 
-@pytest.mark.timeout(240)
-def test_a_mixtral_of_the_8x22b_kind_uses_its_own_template(served: dict[str, Served], tmp_path: Path) -> None:
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_mixtral_of_the_8x22b_kind_uses_its_own_template(served: Models, tmp_path: Path) -> None:
     from mistral_common.protocol.instruct.messages import UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -130,8 +138,9 @@ def test_a_mixtral_of_the_8x22b_kind_uses_its_own_template(served: dict[str, Ser
         assert row["num_input_tokens"] == len(official.encode_chat_completion(request).tokens)
 
 
-@pytest.mark.timeout(240)
-def test_other_models_reproduce_under_a_seed_too(served: dict[str, Served], tmp_path: Path) -> None:
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_other_models_reproduce_under_a_seed_too(served: Models, tmp_path: Path) -> None:
     sampling = {"temperature": 0.8, "n": 2, "max_tokens": 6, "seed": 3}
     for name in ("one", "two"):
         served["qwen_moe"].run(tmp_path, name, sampling=sampling)

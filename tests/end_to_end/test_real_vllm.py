@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from jobs.run import RunOptions, run_job
+from pipeline.engine import Request
 from pipeline.model import ModelFiles
+from pipeline.settings import SamplingSettings
 from pipeline.templating import TemplateStage
 from tests.whole_runs import check_whole, make_job, read_output, results, write_prompts
 
@@ -143,6 +146,48 @@ def test_what_the_engine_refuses_is_a_failed_row(vllm_fleet: Any, tmp_path: Path
     run_vllm(vllm_fleet, rows, tmp_path / "out", sampling={"column": "knobs"}, limits={"max_failed_fraction": 0.2})
     statuses = [row["status"] for row in read_output(tmp_path / "out").to_pylist()]
     assert statuses.count("failed") == 1
+
+
+class Line:
+    """Requests straight to the fleet's one replica, and the order in which they finish."""
+
+    def __init__(self, fleet: Any) -> None:
+        members: dict[str, Any] = {}
+        while not members:
+            members = ray.get(fleet.watch.remote(0, 5.0)).members
+        [self._member] = members.values()
+        self.seats = self._member.info.max_num_seqs
+        self.finished: list[str] = []
+
+    def submit(self, name: str, count: int, *, max_tokens: int, priority: int) -> None:
+        sampling = SamplingSettings(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        prompts = enumerate([1, 300 + n, 400] for n in range(count))
+        requests = [Request(f"line/{name}-{n}", prompt, sampling, None, priority) for n, prompt in prompts]
+        ray.get(self._member.handle.submit.remote(requests))
+
+    def wait_for(self, name: str, count: int) -> None:
+        while sum(request_id.startswith(f"line/{name}-") for request_id in self.finished) < count:
+            poll = ray.get(self._member.handle.poll.remote("line", 5.0))
+            assert not [result.failure for result in poll.results if result.failure]
+            self.finished += [result.request_id for result in poll.results]
+
+    def end(self) -> None:
+        ray.get(self._member.handle.cancel.remote("line"))
+
+
+def test_a_request_of_lower_priority_value_gets_the_next_free_seat_in_the_engine(vllm_fleet: Any) -> None:
+    line = Line(vllm_fleet)
+    line.submit("soon", 4, max_tokens=2, priority=5)
+    line.submit("later", 8, max_tokens=16, priority=5)
+    line.submit("long", line.seats - 12, max_tokens=40, priority=5)
+    line.submit("waiting", 16, max_tokens=40, priority=5)
+    line.wait_for("soon", 4)
+    # At most four who waited have the seats of `soon`. Eight are free with `later`, then none until `long` ends.
+    line.submit("urgent", 8, max_tokens=2, priority=1)
+    line.wait_for("urgent", 8)
+    line.end()
+    finished = {request_id.split("/")[1].split("-")[0] for request_id in line.finished}
+    assert finished <= {"soon", "later", "urgent"}, "those who waited already went first"
 
 
 def test_repetition_on_random_routing_is_what_chance_predicts(tmp_path: Path, local_ray: None) -> None:

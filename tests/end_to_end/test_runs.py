@@ -20,6 +20,7 @@ from tests.whole_runs import (
     read_output,
     results,
     run_scripted,
+    token_of,
     write_prompts,
 )
 
@@ -50,9 +51,7 @@ def test_a_second_run_finds_nothing_to_do_and_touches_nothing(tmp_path: Path) ->
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
     summary = (tmp_path / "out" / "summary.json").read_bytes()
     said: list[str] = []
-    from jobs.run import RunOptions, run_job
-
-    again = run_job(make_job(rows, tmp_path / "out"), RunOptions(quiet=True), say=said.append)
+    again = run_scripted(make_job(rows, tmp_path / "out"), said=said)
     assert again["exit_code"] == 0
     assert said == [f"nothing to do: all 100 of 100 rows are committed in {tmp_path / 'out'}"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
@@ -129,14 +128,6 @@ def test_a_row_that_breaks_its_engine_fails_alone_and_the_run_ends_by_itself(
     assert summary["exit_code"] == 0
     check_whole(tmp_path / "out", 150)
     assert errors(tmp_path / "out") == {77: (kind, 3)}
-
-
-def token_of(word: str) -> int:
-    """The id of a word that is a single token."""
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-    ids = MistralTokenizer.v1().instruct_tokenizer.tokenizer.encode(f"a {word}", bos=False, eos=False)
-    return int(ids[1])
 
 
 def test_silent_zeros_are_nulled_and_counted_and_never_reach_the_totals(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,26 @@ import boto3
 import pytest
 
 from jobs.status import read_status, status_lines
-from pipeline.storage import Store
 from tests.driver_processes import Driver, DriverLauncher, wait_until
+from tests.part_watcher import PartWatcher, part_names, part_versions
 from tests.scripted_engine import ScriptedConfig
-from tests.whole_runs import TINY_MOE, check_whole, make_job, results, run_scripted, spec_text, write_prompts
+from tests.whole_runs import (
+    TINY_MOE,
+    check_whole,
+    errors,
+    make_job,
+    results,
+    run_scripted,
+    spec_text,
+    token_of,
+    write_prompts,
+)
 
-ENGINES = {"max_num_seqs": 16, "step_delay_s": 0.08}
+SLOW = {"max_num_seqs": 16, "step_delay_s": 0.08}
+LOOK_INTERVAL_S = 0.3
+"""Not often: the server is a thread of this process, and each look is a request."""
+SHARD_ROWS = 64
 SAMPLED = {"sampling": {"temperature": 1.0}}
-
-
-@pytest.fixture
-def launcher(tmp_path: Path, s3_server: str) -> Iterator[DriverLauncher]:
-    started = DriverLauncher(tmp_path, ENGINES)
-    yield started
-    started.close()
 
 
 def upload(folder: Path, bucket: str) -> None:
@@ -51,19 +57,19 @@ def check_against_local(output: str, local: Path, num_rows: int) -> None:
     assert check_whole(output, num_rows) == check_whole(local.parent / "undisturbed", num_rows)
 
 
-def num_parts(output: str) -> int:
-    return len(Store(output).list("data"))
+def watcher(output: str, *file_rows: int) -> PartWatcher:
+    part_rows = {SHARD_ROWS} | {rows % SHARD_ROWS for rows in file_rows}
+    return PartWatcher(output, part_rows=part_rows, interval_s=LOOK_INTERVAL_S)
 
 
 def after_parts(output: str, count: int) -> Callable[[Driver], None]:
-    # Not often: the server is a thread of this process, and each look is a request.
     return lambda driver: wait_until(
-        lambda: driver.ended or num_parts(output) >= count, f"{count} parts", interval_s=0.3
+        lambda: driver.ended or len(part_names(output)) >= count, f"{count} parts", interval_s=LOOK_INTERVAL_S
     )
 
 
 def test_killed_driver_resumes_on_s3_without_lost_or_duplicate_rows(
-    local_ray: None, tmp_path: Path, s3_bucket: str, launcher: DriverLauncher
+    local_ray: None, tmp_path: Path, s3_bucket: str, new_launcher: Callable[..., DriverLauncher]
 ) -> None:
     local = tmp_path / "in"
     local.mkdir()
@@ -71,24 +77,30 @@ def test_killed_driver_resumes_on_s3_without_lost_or_duplicate_rows(
     write_prompts(local / "b.parquet", 350)
     upload(local, s3_bucket)
     spec, output = write_spec(tmp_path, s3_bucket, "*.parquet"), f"s3://{s3_bucket}/out"
-    driver = launcher.start(spec)
-    after_parts(output, 3)(driver)
-    driver.kill()
-    committed = num_parts(output)
-    assert 3 <= committed < 14
-    report = read_status(output)
-    assert report["committed_shards"] == committed
-    assert report["summary"] is None
-    assert f"pid {driver.pid} ended without a word (killed?)" in status_lines(report)[-1]
+    launcher = new_launcher(**SLOW)
+    with watcher(output, 450, 350) as reader:
+        driver = launcher.start(spec)
+        after_parts(output, 3)(driver)
+        driver.kill()
+        committed = len(part_names(output))
+        assert 3 <= committed < 14
+        report = read_status(output)
+        # A writer outlives its driver by a moment, and may commit what it holds.
+        assert committed <= report["committed_shards"] <= len(part_names(output))
+        assert report["summary"] is None
+        assert f"pid {driver.pid} ended without a word (killed?)" in status_lines(report)[-1]
 
-    said = launcher.run(spec).said
+        said = launcher.run(spec).said
+    assert reader.problems == []
+    assert reader.num_reads >= 14
     assert f"resumes {output}: " in said
     check_against_local(output, local, 800)
     assert read_status(output)["summary"]["counts"]["missing_rows"] == 0
 
 
+@pytest.mark.long
 def test_of_two_runs_at_once_on_s3_one_does_the_jsonl_rows_and_the_other_is_told_who(
-    local_ray: None, tmp_path: Path, s3_bucket: str, launcher: DriverLauncher
+    local_ray: None, tmp_path: Path, s3_bucket: str, new_launcher: Callable[..., DriverLauncher]
 ) -> None:
     local = tmp_path / "in"
     local.mkdir()
@@ -97,9 +109,33 @@ def test_of_two_runs_at_once_on_s3_one_does_the_jsonl_rows_and_the_other_is_told
         (local / name).write_text("\n".join(lines) + "\n")
     upload(local, s3_bucket)
     spec, output = write_spec(tmp_path, s3_bucket, "*.jsonl"), f"s3://{s3_bucket}/out"
+    launcher = new_launcher(**SLOW)
     drivers = [launcher.start(spec) for _ in range(2)]
     codes = {driver.wait(): driver for driver in drivers}
     assert sorted(codes) == [0, 2], [driver.said for driver in drivers]
     assert f"output {output} is in use by run " in codes[2].said
     assert f"pid {codes[0].pid}, since " in codes[2].said
     check_against_local(output, local, 600)
+
+
+@pytest.mark.long
+def test_retry_on_s3_does_failed_rows_again_and_replaces_just_their_parts(
+    local_ray: None, tmp_path: Path, s3_bucket: str, new_launcher: Callable[..., DriverLauncher]
+) -> None:
+    local = tmp_path / "in"
+    local.mkdir()
+    text = [f"please explode {n}" if n in (3, 5, 70) else f"question number {n}" for n in range(200)]
+    write_prompts(local / "a.parquet", 200, text=text)
+    upload(local, s3_bucket)
+    spec, output = write_spec(tmp_path, s3_bucket, "*.parquet"), f"s3://{s3_bucket}/out"
+    with watcher(output, 200) as reader:
+        new_launcher(faults={token_of("explode"): "error"}).run(spec)
+        assert {row: kind for row, (kind, _) in errors(output).items()} == dict.fromkeys((3, 5, 70), "request_error")
+        before = part_versions(output)
+        new_launcher().run(spec, command="retry")
+    assert reader.problems == []
+    after = part_versions(output)
+    changed = [name for name in sorted(before | after) if before.get(name) != after.get(name)]
+    assert changed == sorted(before)[:2]
+    assert reader.num_reads >= len(before) + len(changed)
+    check_against_local(output, local, 200)

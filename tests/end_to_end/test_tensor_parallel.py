@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from jobs.run import RunOptions, run_job
+from tests.driver_processes import processes_below, wait_until
 from tests.whole_runs import check_whole, make_job, read_output, write_prompts
 
 
@@ -23,10 +25,7 @@ def watched_processes(title: str) -> Iterator[set[psutil.Process]]:
 
     def watch() -> None:
         while not done.wait(0.1):
-            for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if title in " ".join(child.cmdline()):
-                        found.add(child)
+            found.update(processes_below(os.getpid(), title))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -38,7 +37,7 @@ def watched_processes(title: str) -> Iterator[set[psutil.Process]]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif((psutil.cpu_count() or 1) < 2, reason="each of two workers is bound to a core of its own")
 def test_two_way_tensor_parallel_runs_whole_and_leaves_no_process_behind(
     local_ray: None, vllm_fleet: Any, tmp_path: Path
@@ -61,6 +60,63 @@ def test_two_way_tensor_parallel_runs_whole_and_leaves_no_process_behind(
     same = agreement(tmp_path / "one", tmp_path / "two")
     # All-reduce adds in another order: in float32 a near-tie may fall the other way, and the rest of its text with it.
     assert same >= 0.95
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.skipif((psutil.cpu_count() or 1) < 2, reason="each of two workers is bound to a core of its own")
+def test_a_killed_engine_core_and_a_killed_worker_cost_no_row_and_leave_no_orphan(
+    local_ray: None, vllm_fleet: Any, tmp_path: Path
+) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 512)
+    sections = {"sampling": {"temperature": 0, "max_tokens": 24}}
+    pool = {"gpu": "cpu", "replicas": 1, "tensor_parallel": 2}
+    job = make_job(rows, tmp_path / "killed", fleet={"pools": [pool]}, **sections)
+    killed: list[str] = []
+
+    def num_parts() -> int:
+        return len(list((tmp_path / "killed" / "data").glob("*.parquet")))
+
+    def kill_both() -> None:
+        wait_until(lambda: num_parts() >= 1, "work is under way")
+        first = processes_below(os.getpid(), "VLLM::")
+        processes_below(os.getpid(), "VLLM::EngineCore")[0].kill()
+        killed.append("VLLM::EngineCore")
+        psutil.wait_procs(first, timeout=30)
+        before = num_parts()
+        wait_until(lambda: num_parts() > before, "its replacement works")
+        processes_below(os.getpid(), "VLLM::Worker_TP")[0].kill()
+        killed.append("VLLM::Worker_TP")
+
+    killer = threading.Thread(target=kill_both)
+    with watched_processes("VLLM::") as processes:
+        killer.start()
+        summary = run_job(job, RunOptions(quiet=True), say=lambda line: None)
+        killer.join()
+    assert summary["exit_code"] == 0
+    assert killed == ["VLLM::EngineCore", "VLLM::Worker_TP"]
+    assert [loss["kind"] for loss in summary["this_execution"]["replica_losses"]] == ["engine_crash"] * 2
+    check_whole(tmp_path / "killed", 512)
+    assert set(read_output(tmp_path / "killed")["status"].to_pylist()) <= {"ok", "truncated"}
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert alive == []
+
+    calm = make_job(rows, tmp_path / "calm", **sections)
+    run_job(calm, RunOptions(quiet=True), say=lambda line: None, fleet=vllm_fleet)
+    assert agreement(tmp_path / "calm", tmp_path / "killed") >= 0.95
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_two_real_replicas_give_what_one_gives(local_ray: None, vllm_fleet: Any, tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 300)
+    sections = {"sampling": {"temperature": 0.8, "max_tokens": 8}}
+    pool = {"gpu": "cpu", "replicas": 2}
+    job = make_job(rows, tmp_path / "two", fleet={"pools": [pool]}, **sections)
+    assert run_job(job, RunOptions(quiet=True), say=lambda line: None)["exit_code"] == 0
+    one = make_job(rows, tmp_path / "one", **sections)
+    run_job(one, RunOptions(quiet=True), say=lambda line: None, fleet=vllm_fleet)
+    assert agreement(tmp_path / "one", tmp_path / "two") == 1.0  # CPU results don't depend on the batch
 
 
 def agreement(one: Path, two: Path) -> float:

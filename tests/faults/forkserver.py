@@ -6,6 +6,7 @@ A process has one such server, and the first test to use it decides what is prel
 from __future__ import annotations
 
 import multiprocessing
+import os
 from multiprocessing.context import ForkServerContext
 
 # pandas: pyarrow imports it at the first conversion from Python values, 0.8 s in every child otherwise.
@@ -24,3 +25,8 @@ def forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
+
+
+def aws_environment() -> dict[str, str]:
+    """What a child must be told of the S3 server, which was started after the server that forks it."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}

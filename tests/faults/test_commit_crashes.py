@@ -1,33 +1,26 @@
 from __future__ import annotations
 
-import functools
 import io
 import os
 import random
 import signal
-import threading
 import uuid
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
-from typing import Any, Self
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.counters import RunCounters, merge_all
+from tests.driver_processes import wait_until
 from tests.faults.crash_points import FINISHED, run_and_die
-from tests.faults.forkserver import forkserver
+from tests.faults.forkserver import aws_environment
 from tests.faults.mini_run import expected_rows, expected_totals
+from tests.part_watcher import PartWatcher, part_names, read_part_file
 
 NUM_SEEDS = 25
 DEADLINE_S = 60
 DEATHS = (137, -signal.SIGKILL)
-
-
-@pytest.fixture(scope="session")
-def processes() -> ForkServerContext:
-    return forkserver()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -39,63 +32,12 @@ def new_root(request: pytest.FixtureRequest) -> Callable[[], str]:
     return lambda: f"s3://{bucket}/{uuid.uuid4().hex}"
 
 
-class Reader:
-    """Someone else who reads `data/` all the while, with plain pyarrow."""
-
-    def __init__(self, root: str) -> None:
-        self.reads = 0
-        self.problems: list[str] = []
-        self.met_problem = threading.Event()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._poll, args=(root,))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _poll(self, root: str) -> None:
-        while not self._stop.wait(0.003):
-            try:
-                for data in visible_files(root).values():
-                    pq.read_table(io.BytesIO(data))
-                    self.reads += 1
-            except Exception as error:  # any at all: also a part that was listed and then is not there
-                self.problems.append(repr(error))
-                self.met_problem.set()
-
-
-def visible_files(root: str) -> dict[str, bytes]:
-    """What a user's glob `data/*` finds: everything that isn't hidden."""
-    if root.startswith("s3://"):
-        return _visible_objects(root)
-    folder = os.path.join(root, "data")
-    names = [name for name in os.listdir(folder) if not name.startswith(".")] if os.path.isdir(folder) else []
-    files = {}
-    for name in names:
-        with open(os.path.join(folder, name), "rb") as file:
-            files[name] = file.read()
-    return files
-
-
-def _visible_objects(root: str) -> dict[str, bytes]:
-    """With boto3 alone: s3fs' `find` on a still empty folder may return the folder itself as if it were a file."""
-    bucket, _, prefix = root.removeprefix("s3://").partition("/")
-    client = s3_client()
-    listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/data/").get("Contents", [])
-    return {entry["Key"]: client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read() for entry in listed}
-
-
-@functools.cache
-def s3_client() -> Any:
-    return boto3.client("s3")
+def watcher(root: str) -> PartWatcher:
+    return PartWatcher(root, interval_s=0.003)
 
 
 def check_output(root: str) -> None:
-    files = visible_files(root).values()
+    files = [read_part_file(root, name) for name in part_names(root)]
     rows = [row for data in files for row in pq.read_table(io.BytesIO(data)).to_pylist()]
     assert sorted(rows, key=lambda row: (row["input_file"], row["input_row"])) == expected_rows()
     footers = [pq.read_metadata(io.BytesIO(data)).metadata[b"tramontane.counters"] for data in files]
@@ -111,12 +53,11 @@ class Campaign:
     def __init__(self, processes: ForkServerContext) -> None:
         self._processes = processes
         self.reads = 0
-        self._environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
     def run(self, root: str, die_at: int | None, seed: int) -> tuple[int | None, int]:
         """Return (exit code, points passed if it ended by itself)."""
         passed = self._processes.Value("i", -1)
-        child = self._processes.Process(target=run_and_die, args=(self._environment, root, die_at, seed, passed))
+        child = self._processes.Process(target=run_and_die, args=(aws_environment(), root, die_at, seed, passed))
         child.start()
         child.join(DEADLINE_S)
         assert child.exitcode is not None, f"run on {root} hangs"
@@ -125,12 +66,12 @@ class Campaign:
     def crash_and_finish(self, root: str, die_at: int, seed: int) -> bool:
         """Crash at the point, for most seeds once more somewhere, then finish; whether the first run died."""
         draw = random.Random(f"{seed}-{die_at}")
-        with Reader(root) as reader:
+        with watcher(root) as reader:
             first, _ = self.run(root, die_at, seed)
             second, _ = self.run(root, draw.randrange(die_at + 20), seed + 1) if draw.random() < 0.6 else (FINISHED, 0)
             last, _ = self.run(root, None, seed)
         assert reader.problems == []
-        self.reads += reader.reads
+        self.reads += reader.num_reads
         # A run may die; it may not fail, not even when the reply to a request is lost.
         assert {first, second} <= {FINISHED, *DEATHS}
         assert last == FINISHED
@@ -183,7 +124,7 @@ def test_part_damaged_on_purpose_is_noticed_by_the_checker(
 def test_reader_notices_a_partial_part(tmp_path_factory: pytest.TempPathFactory) -> None:
     root = str(tmp_path_factory.mktemp("partial"))
     os.mkdir(os.path.join(root, "data"))
-    with Reader(root) as reader:
+    with watcher(root) as reader:
         with open(os.path.join(root, "data", "part-00000-000000000000.parquet"), "wb") as file:
             file.write(b"PAR1 and no more")
-        assert reader.met_problem.wait(DEADLINE_S)
+        wait_until(lambda: bool(reader.problems), "the reader meets it")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from jobs.prepare import PreparedJob
 from jobs.status import read_status, status_lines
 from pipeline.dispatcher import WINDOW_FACTOR
-from pipeline.flow import num_open_shards
+from pipeline.flow import rows_at_risk
 from tests.driver_processes import Driver, DriverLauncher, wait_until
 from tests.part_watcher import PartWatcher, part_names
 from tests.scripted_engine import ScriptedConfig
@@ -23,14 +24,14 @@ from tests.whole_runs import TINY_MOE, check_whole, make_job, results, run_scrip
 NUM_SEQS = 16
 SAMPLED = {"sampling": {"temperature": 1.0}}
 """So that a row's seed matters: a resumed run must give it the same."""
-COMMIT_BACKLOG_SHARDS = 4
-"""Finished shards that may wait for their commit: one for each logical CPU of the run's Ray."""
 
 
 class KilledRun:
     """One output, and the drivers that work at it one after another."""
 
-    def __init__(self, folder: Path, num_rows: int, step_delay_s: float) -> None:
+    def __init__(
+        self, folder: Path, new_launcher: Callable[..., DriverLauncher], num_rows: int, step_delay_s: float
+    ) -> None:
         self.rows = write_prompts(folder / "in.parquet", num_rows)
         self.num_rows = num_rows
         self.output = folder / "out"
@@ -41,8 +42,7 @@ class KilledRun:
         self.journal.mkdir()
         self.pids_seen_dead: set[int] = set()
         """Of killed drivers that had become the output's owner."""
-        engines = {"max_num_seqs": NUM_SEQS, "step_delay_s": step_delay_s, "journal": str(self.journal)}
-        self.launcher = DriverLauncher(folder, engines)
+        self.launcher = new_launcher(max_num_seqs=NUM_SEQS, step_delay_s=step_delay_s, journal=str(self.journal))
 
     def num_started(self) -> int:
         """Rows that engines began, over all processes there ever were."""
@@ -50,7 +50,7 @@ class KilledRun:
 
     def watcher(self) -> PartWatcher:
         size = self.job.plan.rows_per_shard
-        return PartWatcher(self.output, full_part_rows=size, last_part_rows=self.num_rows % size or size)
+        return PartWatcher(self.output, part_rows={size, self.num_rows % size or size})
 
     def kill_at(self, moment: Callable[[Driver], None]) -> None:
         driver = self.launcher.start(self.spec)
@@ -72,21 +72,12 @@ class KilledRun:
 
     def open_rows(self) -> int:
         """Rows of the shards that are open at one moment: what one kill may cost."""
-        size = self.job.plan.rows_per_shard
-        return (num_open_shards(WINDOW_FACTOR * NUM_SEQS, size) + COMMIT_BACKLOG_SHARDS) * size
+        return rows_at_risk(WINDOW_FACTOR * NUM_SEQS, self.job.plan.rows_per_shard)
 
 
 @pytest.fixture
-def killed_run(tmp_path: Path) -> Iterator[Callable[[int, float], KilledRun]]:
-    runs: list[KilledRun] = []
-
-    def make(num_rows: int, step_delay_s: float) -> KilledRun:
-        runs.append(KilledRun(tmp_path, num_rows, step_delay_s))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.launcher.close()
+def killed_run(tmp_path: Path, new_launcher: Callable[..., DriverLauncher]) -> Callable[[int, float], KilledRun]:
+    return functools.partial(KilledRun, tmp_path, new_launcher)
 
 
 def after_parts(output: Path, count: int) -> Callable[[Driver], None]:
@@ -106,6 +97,7 @@ def check_against_undisturbed(run: KilledRun, folder: Path) -> None:
     assert check_whole(run.output, run.num_rows) == check_whole(folder / "undisturbed", run.num_rows)
 
 
+@pytest.mark.timeout(600)  # four runs, one after the other: 70 s on an idle machine
 def test_killed_driver_resumes_without_lost_or_duplicate_rows(
     local_ray: None, tmp_path: Path, killed_run: Callable[[int, float], KilledRun]
 ) -> None:

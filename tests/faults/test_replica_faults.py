@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.fleet import PoolPlan, start_fleet
+from cluster.fleet import start_fleet
+from cluster.pools import PoolPlan
 from pipeline.dispatcher import Dispatcher, Outcome
 from pipeline.engine import Request
 from pipeline.errors import InfrastructureError
@@ -23,8 +24,8 @@ from tests.scripted_engine import ScriptedConfig, complete
 SAMPLING = SamplingSettings(temperature=0, max_tokens=8)
 
 
-def requests_for(rows: range) -> list[Request | None]:
-    return [Request("", [1, 1000 + row], SAMPLING, None) for row in rows]
+def requests_for(rows: range, timeout_s: float = 60.0) -> list[Request | None]:
+    return [Request("", [1, 1000 + row], SAMPLING, None, timeout_s=timeout_s) for row in rows]
 
 
 def expected_text(row: int) -> str:
@@ -36,8 +37,7 @@ class Run:
 
     def __init__(self, config: ScriptedConfig, replicas: int, **limits: Any) -> None:
         pools = [PoolPlan("pool", replicas, config)]
-        timeout = limits.pop("request_timeout_s", 60.0)
-        self.fleet = start_fleet(pools, keep_expert_ids=False, request_timeout_s=timeout)
+        self.fleet = start_fleet(pools, backoff_s=0.1)
         self.limits = {"max_attempts": 3, "hang_timeout_s": 30.0, **limits}
 
     def generate(self, *shards: list[Request | None]) -> list[list[Outcome | None] | None]:
@@ -79,15 +79,16 @@ def check_texts(outcomes: list[Outcome | None] | None) -> None:
         ("raise", "engine_crash", {}),
         ("hang", "engine_hang", {"hang_timeout_s": 3}),
         ("error", "request_error", {}),
-        ("never", "request_timeout", {"request_timeout_s": 1.0}),
+        ("never", "request_timeout", {"timeout_s": 1.0}),
     ],
 )
 def test_a_bad_row_fails_after_three_attempts_and_its_neighbours_succeed(
     local_ray: None, action: str, kind: str, limits: dict[str, float]
 ) -> None:
+    timeout_s = limits.pop("timeout_s", 60.0)
     run = Run(ScriptedConfig(faults={1037: action}), 2, **limits)
     try:
-        [outcomes] = run.generate(requests_for(range(100)))
+        [outcomes] = run.generate(requests_for(range(100), timeout_s))
         assert kinds(outcomes) == {37: (kind, 3)}
         check_texts(outcomes)
     finally:
@@ -223,9 +224,9 @@ class _SlowToHear:
         self.report = self
         self._report = fleet.report
 
-    async def remote(self, *arguments: Any) -> None:
+    async def remote(self, *arguments: Any) -> Any:
         await asyncio.sleep(0.3)
-        await self._report.remote(*arguments)
+        return await self._report.remote(*arguments)
 
 
 def test_a_shard_that_arrives_after_the_fleet_gave_up_fails_instead_of_waiting(local_ray: None) -> None:
@@ -246,7 +247,7 @@ def test_a_shard_that_arrives_after_the_fleet_gave_up_fails_instead_of_waiting(l
 def test_a_pool_that_cannot_start_does_not_stop_the_others(local_ray: None) -> None:
     good = PoolPlan("good", 1, ScriptedConfig(start_delay_s=6))
     bad = PoolPlan("bad", 1, ScriptedConfig(fail_start="no such weights"))
-    fleet = start_fleet([bad, good], keep_expert_ids=False, request_timeout_s=60)
+    fleet = start_fleet([bad, good])
 
     async def work() -> list[Outcome | None] | None:
         limits: dict[str, Any] = {"max_attempts": 3, "hang_timeout_s": 30.0}
@@ -277,5 +278,28 @@ def test_cancelled_requests_free_the_engine_for_the_next_consumer(local_ray: Non
         # All 8 places of the engine were taken by requests that never end.
         [outcomes] = run.generate(requests_for(range(1, 20)))
         assert kinds(outcomes) == {}
+    finally:
+        run.close()
+
+
+@pytest.mark.long
+def test_a_run_that_falls_silent_for_long_gets_its_rows_back_when_it_wakes_up(local_ray: None) -> None:
+    """What its requests would have cost is saved, and none is left unanswered."""
+    config = ScriptedConfig(max_num_seqs=4, step_delay_s=0.2, steps_per_request=25, consumer_gone_s=2.0)
+    run = Run(config, 1)
+
+    async def work() -> list[Outcome | None] | None:
+        dispatcher = Dispatcher(run.fleet, on_outcome=lambda request, outcome: None, **run.limits)
+        shard = asyncio.ensure_future(dispatcher.generate(requests_for(range(10))))
+        while dispatcher.num_in_flight < 8:  # noqa: ASYNC110  the dispatcher tells nobody
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.5)
+        time.sleep(5)  # noqa: ASYNC251  the whole process stands still
+        return await shard
+
+    try:
+        outcomes = asyncio.run(asyncio.wait_for(work(), 60))
+        assert kinds(outcomes) == {}
+        check_texts(outcomes)
     finally:
         run.close()

@@ -70,6 +70,14 @@ def test_rows_that_fail_count_as_rows_without_tokens() -> None:
     assert total_with_interval([], 0, 0) == {"total": 0, "low": 0, "high": 0}
 
 
+@pytest.mark.parametrize(("allowed", "too_many"), [(0.5, False), (0.1, True)])
+def test_more_failures_than_allowed_are_announced(tmp_path: Path, allowed: float, too_many: bool) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 10, text=[None, None, *["wind"] * 8])
+    report = estimate(make_job(rows, tmp_path / "out", limits={"max_failed_fraction": allowed}), sample_rows=100)
+    assert report["too_many_will_fail"] is too_many
+    assert any("limits.max_failed_fraction" in line for line in estimate_lines(report)) is too_many
+
+
 def test_plan_touches_nothing(tmp_path: Path) -> None:
     rows = write_prompts(tmp_path / "in.parquet", 50)
     before = rows.stat()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.init_template import init_template
+from jobs.job_spec import JobSpec
 from jobs.spec import load_spec, parse_spec, spec_json_schema
 from jobs.spec_fields import all_fields
 from pipeline.errors import SpecError
-from pipeline.settings import JobSpec
+from tests.machine_speed import Slowdown, slowdown
 
 BROKEN = sorted((Path(__file__).parent / "broken_specs").glob("*.yaml"))
 MINIMAL = "\n".join(
@@ -220,7 +222,7 @@ BOMBS = {
 def test_hostile_text_is_refused_within_a_second(name: str) -> None:
     start = time.process_time()
     message = message_of(BOMBS[name])
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < slowdown()
     assert len(message) < 200_000
 
 
@@ -337,7 +339,7 @@ def test_init_template_holds_every_field_with_its_documentation() -> None:
     words = " ".join(re.sub(r"^ *# ", "", line) for line in text.split("\n"))
     for node in all_fields():
         assert re.search(rf"(^[ #-]*|{{|, ){node.path[-1]}:", text, flags=re.MULTILINE), node.dotted
-        if len(node.path) < 3 or node.path[0] == "fleet":
+        if len(node.path) < 3 or node.path[:2] == ("fleet", "pools"):
             assert " ".join(node.doc.split()) in " ".join(words.split()), node.dotted
 
 
@@ -352,6 +354,22 @@ def test_json_schema_documents_every_field() -> None:
     assert schema["additionalProperties"] is False
     for definition in schema["$defs"].values():
         assert all("description" in entry for entry in definition["properties"].values())
+
+
+@pytest.mark.parametrize("where", ["file", "override"])
+def test_fleet_auto_is_short_for_a_pool_of_everything(where: str) -> None:
+    short, overrides = (MINIMAL + "fleet: auto\n", []) if where == "file" else (MINIMAL, ["fleet=auto"])
+    spec = parse_spec(short, name="job.yaml", overrides=overrides)
+    long = "fleet: {pools: [{gpu: auto, replicas: max, tensor_parallel: auto}]}\n"
+    assert spec == parse_spec(MINIMAL + long, name="job.yaml")
+    assert parse_spec(json.dumps(spec.model_dump(mode="json")), name="dumped") == spec
+    assert {"const": "auto"} in spec_json_schema()["properties"]["fleet"]["anyOf"]
+
+
+def test_pools_may_name_types_of_the_specs_own() -> None:
+    own = "fleet: {gpu_types: [{name: H20, memory_gib: 95, memory_gb_per_s: 4000, tflops: 148}], pools: [{gpu: H20}]}"
+    spec = parse_spec(MINIMAL + own + "\n", name="job.yaml")
+    assert spec.fleet.gpu_types[0].labels == ("H20",)
 
 
 def run_python(code: str, cache: Path) -> str:
@@ -369,7 +387,8 @@ def test_validating_imports_nothing_heavy_and_takes_under_300_ms(tmp_path: Path)
         "import sys, time; start = time.process_time(); from jobs.spec import load_spec; "
         f"load_spec({str(path)!r}); print(time.process_time() - start); print(*sys.modules)"
     )
-    results = [run_python(code, tmp_path / "cache").split("\n") for _ in range(6)]
+    with Slowdown() as slowdown:
+        results = [run_python(code, tmp_path / "cache").split("\n") for _ in range(6)]
     heavy = {"ray", "torch", "transformers", "vllm", "mistral_common", "pyarrow", "pandas", "numpy", "jinja2"}
     assert not heavy & set(results[0][1].split())
-    assert min(float(seconds) for seconds, *_ in results[1:]) < 0.3
+    assert min(float(seconds) for seconds, *_ in results[1:]) < 0.3 * slowdown.factor

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dispatch import MICROBATCH, DispatchBoard, suspect_group_size
+from pipeline.dispatch import MAX_SPARED, MICROBATCH, DispatchBoard, GaveUp, suspect_group_size
 
 
 @dataclass
@@ -218,3 +218,63 @@ def test_discarded_rows_are_never_sent(keys: list[int]) -> None:
     assignment = board.next_assignment()
     sent = set(assignment.keys) if assignment else set()
     assert sent == set(range(3)) - set(keys)
+
+
+def test_a_leaving_replica_finishes_what_it_has_and_gets_nothing_more() -> None:
+    board: DispatchBoard[int] = DispatchBoard(max_attempts=3)
+    board.replica_up("a", window=4)
+    board.add_rows(range(6))
+    first = board.next_assignment()
+    assert first is not None
+    board.drain("a")
+    assert board.finished("a", first.keys[0]) == 1
+    assert board.next_assignment() is None
+    assert not board.takes_work("a")
+    board.replica_up("b", window=4)
+    then = board.next_assignment()
+    assert then is not None
+    assert then.replica == "b"
+
+
+def test_a_returned_row_goes_next_and_costs_no_attempt() -> None:
+    board: DispatchBoard[int] = DispatchBoard(max_attempts=1)
+    board.replica_up("a", window=4)
+    board.add_rows(range(8))
+    board.next_assignment()
+    board.returned("a", 3)
+    board.drain("a")
+    board.replica_up("b", window=8)
+    then = board.next_assignment()
+    assert then is not None
+    assert then.keys == (3, 4, 5, 6, 7)
+    assert board.finished("b", 3) == 1
+
+
+def test_a_returned_suspect_is_still_a_suspect() -> None:
+    board: DispatchBoard[int] = DispatchBoard(max_attempts=2)
+    board.replica_up("a", window=4)
+    board.add_rows(range(4))
+    board.next_assignment()
+    board.replica_down("a", "engine_crash")
+    board.replica_up("b", window=8)
+    group = board.next_assignment()
+    assert group is not None
+    for key in group.keys:
+        board.returned("b", key)
+    again = board.next_assignment()
+    assert again is not None
+    assert len(again.keys) == 1  # never back among the innocent
+
+
+def test_a_death_in_strangers_company_is_charged_to_a_lone_row_only_when_it_goes_on_and_on() -> None:
+    board: DispatchBoard[int] = DispatchBoard(max_attempts=2)
+    board.add_rows([1])
+    deaths = 0
+    lost: list[GaveUp[int]] = []
+    while not lost:
+        board.replica_up(f"r{deaths}", window=4)
+        assert board.next_assignment() is not None
+        lost = board.replica_down(f"r{deaths}", "engine_crash", in_company=True)
+        deaths += 1
+    assert [(row.key, row.kind, row.attempts) for row in lost] == [(1, "engine_crash", 2)]
+    assert deaths == 1 + MAX_SPARED + 1  # with others of ours, then spared, then charged

@@ -10,28 +10,9 @@ from hypothesis import strategies as st
 
 from pipeline import jsonl, read
 from pipeline.errors import SpecError
-from pipeline.inputs import list_inputs
 from pipeline.read import read_shard
 from pipeline.rows import FILE, READ_ERROR, ROW, SHARD
-from pipeline.shards import Plan
-from pipeline.user_schema import user_schema
-
-
-def plan_of(path, rows_per_shard=1000, limit=None):
-    plan = Plan(tuple(list_inputs(str(path))), rows_per_shard, limit)
-    return plan, user_schema(plan.files, required=[])
-
-
-def read_all(path, rows_per_shard=1000, schema=None):
-    plan, found = plan_of(path, rows_per_shard)
-    schema = schema or found
-    tables = [read_shard(plan.files[shard.file_index].slim(shard.start), shard, schema) for shard in plan]
-    return pa.concat_tables(tables)
-
-
-def errors(table):
-    return table[READ_ERROR].to_pylist()
-
+from tests.reading import plan_of, read_all, read_errors
 
 # -- scanning ----------------------------------------------------------------------------------------------------------
 
@@ -116,9 +97,9 @@ def test_bad_line_is_a_bad_row_that_names_its_line(tmp_path, name):
     table = read_all(tmp_path)
     assert table["t"].to_pylist() == ["first", None, "last"]
     assert table.column_names == ["t", SHARD, FILE, ROW, READ_ERROR]
-    assert [bool(error) for error in errors(table)] == [False, True, False]
-    assert errors(table)[1].startswith("line 3 ")
-    assert message in errors(table)[1]
+    assert [bool(error) for error in read_errors(table)] == [False, True, False]
+    assert read_errors(table)[1].startswith("line 3 ")
+    assert message in read_errors(table)[1]
 
 
 @pytest.mark.parametrize("name", GOOD_LINES)
@@ -126,7 +107,7 @@ def test_odd_line_is_a_good_row(tmp_path, name):
     line, value = GOOD_LINES[name]
     (tmp_path / "a.jsonl").write_bytes(b'{"t": "first"}\n' + line + b"\n")
     table = read_all(tmp_path)
-    assert (table["t"].to_pylist(), errors(table)) == (["first", value], [None, None])
+    assert (table["t"].to_pylist(), read_errors(table)) == (["first", value], [None, None])
 
 
 def test_bom_at_the_start_and_a_missing_last_newline_are_legal(tmp_path):
@@ -138,7 +119,7 @@ def test_longest_legal_line_is_read(tmp_path):
     line = b'{"t": "' + b"x" * (jsonl.MAX_LINE_BYTES - 9) + b'"}'
     assert len(line) == jsonl.MAX_LINE_BYTES
     (tmp_path / "a.jsonl").write_bytes(line + b"\r\n" + line[:-2] + b'y"}\n')
-    assert [bool(error) for error in errors(read_all(tmp_path))] == [False, True]
+    assert [bool(error) for error in read_errors(read_all(tmp_path))] == [False, True]
 
 
 def test_one_odd_row_leaves_its_neighbours_text_as_it_was(tmp_path):
@@ -173,7 +154,7 @@ def test_jsonl_shards_agree_with_reading_the_file_front_to_back(tmp_path, lines,
 def test_shard_of_long_lines_stays_within_its_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "MAX_SHARD_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"t": "x" * 391}) for _ in range(5)))
-    assert [bool(error) for error in errors(read_all(tmp_path))] == [False, False, True, True, True]
+    assert [bool(error) for error in read_errors(read_all(tmp_path))] == [False, False, True, True, True]
 
 
 def test_jsonl_and_parquet_share_a_run(tmp_path):

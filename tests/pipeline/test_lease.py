@@ -15,42 +15,11 @@ from pipeline import lease as lease_module
 from pipeline.errors import InfrastructureError, SpecError
 from pipeline.lease import FOLDER, acquire_lease, current_owner
 from pipeline.storage import Store
-from tests.faults.forkserver import forkserver
+from tests.faults.forkserver import aws_environment
 from tests.faults.lease_contender import hold, race
 
 RACERS = 16
 DEADLINE_S = 60
-
-
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest) -> Store:
-    if request.param == "local":
-        return Store(str(request.getfixturevalue("tmp_path") / "out"))
-    return Store(f"s3://{request.getfixturevalue('s3_bucket')}/out")
-
-
-@pytest.fixture
-def local(tmp_path: Any) -> Store:
-    return Store(str(tmp_path))
-
-
-@pytest.fixture(scope="session")
-def processes() -> ForkServerContext:
-    return forkserver()
-
-
-@pytest.fixture
-def atomic_moto(monkeypatch: pytest.MonkeyPatch) -> None:
-    """moto tests the condition of a put and stores the object in two steps; S3 does it in one."""
-    from moto.s3.responses import S3Response
-
-    original, one_at_a_time = S3Response._key_response_put, threading.Lock()
-
-    def put(self: Any, query: Any, key_name: str) -> Any:
-        with one_at_a_time:
-            return original(self, query, key_name)
-
-    monkeypatch.setattr(S3Response, "_key_response_put", put)
 
 
 class Holder:
@@ -58,7 +27,7 @@ class Holder:
 
     def __init__(self, processes: ForkServerContext, root: str, ttl_s: float) -> None:
         self._pipe, theirs = processes.Pipe()
-        self._process = processes.Process(target=hold, args=(aws(), root, ttl_s, theirs))
+        self._process = processes.Process(target=hold, args=(aws_environment(), root, ttl_s, theirs))
         self._process.start()
         assert self._answer() == "owner"
 
@@ -94,10 +63,6 @@ def new_holder(processes: ForkServerContext) -> Iterator[Callable[[str, float], 
         holder.kill()
 
 
-def aws() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-
-
 def eventually(claim: Callable[[], bool]) -> bool:
     """Whether the claim comes true before the deadline."""
     deadline = time.monotonic() + DEADLINE_S
@@ -128,7 +93,7 @@ def test_of_many_processes_exactly_one_becomes_owner(store: Store, processes: Fo
         acquire_lease(store, run_id="earlier").release()
     start, finish, results = processes.Barrier(RACERS), processes.Barrier(RACERS + 1), processes.Queue()
     racers = [
-        processes.Process(target=race, args=(aws(), store.root, number, start, finish, results))
+        processes.Process(target=race, args=(aws_environment(), store.root, number, start, finish, results))
         for number in range(RACERS)
     ]
     for racer in racers:

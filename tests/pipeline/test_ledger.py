@@ -16,18 +16,6 @@ from pipeline.storage import Store
 from tests.faults.mini_run import FIELDS, counters_of, expected_totals, part_of, rows_of, small_plan
 
 
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest) -> Store:
-    if request.param == "local":
-        return Store(str(request.getfixturevalue("tmp_path") / "out"))
-    return Store(f"s3://{request.getfixturevalue('s3_bucket')}/out")
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Store:
-    return Store(str(tmp_path))
-
-
 def opened(store: Store, plan: Plan | None = None) -> Ledger:
     ledger = Ledger(store)
     ledger.open_run(plan or small_plan(), FIELDS, resume="if_possible")
@@ -114,6 +102,41 @@ def test_crash_between_fingerprint_and_plan_is_continued(local: Store) -> None:
     opened(local)
     local.delete(PLAN)
     assert Ledger(local).open_run(small_plan(), FIELDS, resume="if_possible").decision is Decision.RESUME
+
+
+OTHER = {**FIELDS, "prompt.template": '"other"'}
+
+
+def test_a_job_that_committed_nothing_makes_way_for_another_with_its_own_plan(store: Store) -> None:
+    opened(store, small_plan(rows_per_shard=3))
+    other = small_plan(rows_per_shard=1)
+    begun = Ledger(store).open_run(other, OTHER, resume="if_possible")
+    assert (begun.decision, begun.plan) == (Decision.REPLACE, other)
+    assert (Ledger(store).fingerprint(), Ledger(store).plan) == (OTHER, other)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_crash_while_a_job_makes_way_is_continued_by_either(local: Store, steps: int) -> None:
+    fields = OTHER if steps == 3 else FIELDS  # delete the plan, delete the fingerprint, create the new one
+    for again in (FIELDS, OTHER):
+        opened(local)
+        local.delete(PLAN)
+        local.delete(FINGERPRINT)
+        if steps != 2:
+            local.create(FINGERPRINT, json.dumps({"fields": fields}).encode())
+        Ledger(local).open_run(small_plan(), again, resume="if_possible")
+        assert (Ledger(local).fingerprint(), Ledger(local).plan) == (again, small_plan())
+        local.delete(PLAN)
+        local.delete(FINGERPRINT)
+
+
+def test_a_part_that_the_replaced_job_commits_late_is_refused_by_its_fingerprint(local: Store) -> None:
+    opened(local)
+    ledger = Ledger(local)
+    ledger.open_run(small_plan(), OTHER, resume="if_possible")
+    commit(local, 0)
+    with pytest.raises(InfrastructureError, match="made by a different job"):
+        Ledger(local).totals()
 
 
 def test_run_without_rows_has_nothing_to_do(local: Store) -> None:

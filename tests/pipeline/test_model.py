@@ -16,7 +16,7 @@ import pytest
 from pipeline.chat_encoder import choose_encoder
 from pipeline.engine import MoeShape
 from pipeline.errors import SpecError
-from pipeline.model import cache_directory, fetch_model, inspect_model, moe_shape
+from pipeline.model import cache_directory, context_length, fetch_model, inspect_model, moe_shape
 from pipeline.settings import ModelSettings
 from tests.tiny_models import write_chatml_tokenizer
 
@@ -109,6 +109,22 @@ def test_layers_experts_and_top_k_are_read_from_published_configs(config: dict[s
 )
 def test_a_dense_models_config_has_no_routing_shape(config: dict[str, Any]) -> None:
     assert moe_shape(config) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 32768}, 32768),
+        ({"max_position_embeddings": 32768, "rope_scaling": None}, 32768),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, None),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({"text_config": {"max_position_embeddings": 262144}}, 262144),
+        ({}, None),
+    ],
+)
+def test_the_context_length_is_the_configs_unless_it_is_scaled(config: dict[str, Any], length: int | None) -> None:
+    assert context_length(config) == length
 
 
 def test_a_model_that_brings_code_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from pipeline.monitor import Figures, RunMonitor
 
 
@@ -26,7 +28,7 @@ def test_what_is_true_of_a_moment_is_the_latest_flows() -> None:
 def test_a_shard_committed_twice_counts_once() -> None:
     monitor = RunMonitor()
     for shard in (4, 4, 7):
-        monitor.note_commit(shard)
+        monitor.note_commit(shard, 10)
     assert monitor.read().shards_committed == 2
 
 
@@ -39,6 +41,39 @@ def test_a_run_is_drained_only_when_the_order_was_heard_and_all_that_was_begun_i
 
 def test_posting_returns_the_order_in_force() -> None:
     monitor = RunMonitor()
-    assert monitor.post("shards", Figures()) == "run"
+    assert monitor.post("shards", Figures())[0] == "run"
     monitor.give_order("drain")
-    assert monitor.post("shards", Figures()) == "drain"
+    assert monitor.post("shards", Figures())[0] == "drain"
+
+
+def test_posting_returns_how_many_of_the_flows_own_rows_are_committed() -> None:
+    monitor = RunMonitor()
+    monitor.note_commit(4, 100)
+    assert monitor.post("shards", Figures(shards_done=2, rows_handed_on=150)) == ("run", 100)
+    monitor.note_commit(5, 50)
+    monitor.note_commit(5, 50)
+    assert monitor.post("shards", Figures(shards_done=2, rows_handed_on=150)) == ("run", 150)
+    assert monitor.post("retries", Figures()) == ("run", 0)
+    monitor.note_commit(9, 3)
+    assert monitor.post("retries", Figures(shards_done=1, rows_handed_on=3)) == ("run", 3)
+
+
+def test_dispatch_is_silent_only_while_it_has_work_and_says_nothing() -> None:
+    monitor = RunMonitor()
+    assert monitor.read().silent_s == 0
+    monitor.post("flow", Figures(shards_open=1))
+    time.sleep(0.05)
+    assert 0.05 <= monitor.read().silent_s < 5
+    monitor.post("flow", Figures(shards_open=1))
+    assert monitor.read().silent_s < 0.05
+    monitor.post("flow", Figures(shards_open=0))
+    time.sleep(0.05)
+    assert monitor.read().silent_s == 0
+
+
+def test_a_dispatch_process_in_its_second_life_is_known_to_have_died() -> None:
+    monitor = RunMonitor()
+    monitor.post("flow", Figures(shards_open=0))
+    assert not monitor.read().dispatch_died
+    monitor.note_dispatch_death()
+    assert monitor.read().dispatch_died

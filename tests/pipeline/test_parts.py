@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,18 +10,6 @@ from pipeline.storage import Store
 
 NAME = "part-00000-000000000000.parquet"
 TABLE = pa.table({"a": pa.array(["x", None, "x"]).dictionary_encode(), "b": [[1], None, [2, 3]], "c": pa.nulls(3)})
-
-
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest) -> Store:
-    if request.param == "local":
-        return Store(str(request.getfixturevalue("tmp_path") / "out"))
-    return Store(f"s3://{request.getfixturevalue('s3_bucket')}/out")
-
-
-@pytest.fixture
-def local(tmp_path: Any) -> Store:
-    return Store(str(tmp_path))
 
 
 def test_committed_part_gives_back_rows_counters_and_extra(store: Store) -> None:

@@ -18,23 +18,7 @@ from pipeline.read import read_shard
 from pipeline.rows import FILE, READ_ERROR, ROW, SHARD, read_fields
 from pipeline.shards import Plan, Shard, make_plan
 from pipeline.user_schema import user_schema
-
-
-def plan_of(path, rows_per_shard=1000, limit=None):
-    plan = Plan(tuple(list_inputs(str(path))), rows_per_shard, limit)
-    return plan, user_schema(plan.files, required=[])
-
-
-def read_all(path, rows_per_shard=1000, schema=None):
-    plan, found = plan_of(path, rows_per_shard)
-    schema = schema or found
-    tables = [read_shard(plan.files[shard.file_index].slim(shard.start), shard, schema) for shard in plan]
-    return pa.concat_tables(tables)
-
-
-def errors(table):
-    return table[READ_ERROR].to_pylist()
-
+from tests.reading import plan_of, read_all, read_errors
 
 # -- Parquet --------------------------------------------------------------------------------------------------------
 
@@ -134,8 +118,8 @@ def test_text_that_is_not_utf8_spoils_its_row_alone(tmp_path):
         pq.write_table(pa.table(columns), tmp_path / "a.parquet")
         table = read_all(tmp_path)
         assert [value is None for value in table["t"].to_pylist()] == [False, True, False, False]
-        assert [bool(error) for error in errors(table)] == [False, True, False, False]
-        assert "'t' holds text that is not UTF-8" in errors(table)[1]
+        assert [bool(error) for error in read_errors(table)] == [False, True, False, False]
+        assert "'t' holds text that is not UTF-8" in read_errors(table)[1]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -200,11 +184,11 @@ def test_parquet_bomb_stays_within_the_budget_of_a_shard(tmp_path, kind, monkeyp
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown_mib < 1024
     assert table["n"].to_pylist()[:7] == list(range(7))
-    assert [bool(error) for error in errors(table)] == [
-        row >= table.num_rows - errors(table)[::-1].index(None) for row in range(1000)
+    assert [bool(error) for error in read_errors(table)] == [
+        row >= table.num_rows - read_errors(table)[::-1].index(None) for row in range(1000)
     ]
-    assert 7 <= errors(table).count(None) <= 8
-    assert "GiB of its shard" in errors(table)[-1]
+    assert 7 <= read_errors(table).count(None) <= 8
+    assert "GiB of its shard" in read_errors(table)[-1]
 
 
 @pytest.mark.parametrize("kind", ["text", "list"])
@@ -214,8 +198,8 @@ def test_one_huge_value_is_a_bad_row(tmp_path, kind, monkeypatch):
     values = values if kind == "text" else pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), values)
     pq.write_table(pa.table({"t": values}), tmp_path / "a.parquet")
     table = read_all(tmp_path)
-    assert [bool(error) for error in errors(table)] == [False, True, False]
-    assert "column 't' holds a value above" in errors(table)[1]
+    assert [bool(error) for error in read_errors(table)] == [False, True, False]
+    assert "column 't' holds a value above" in read_errors(table)[1]
     assert table["t"].to_pylist()[1] is None
 
 

@@ -44,6 +44,12 @@ def test_different_fingerprint_is_refused_naming_every_changed_field(resume: str
     assert "sampling.seed: 1 -> (none)" in message
 
 
+def test_a_different_job_that_committed_nothing_is_replaced() -> None:
+    assert decide(BEGUN, {"sampling.seed": "2"}, resume="if_possible", output="out") is Decision.REPLACE
+    with pytest.raises(SpecError, match=r"sampling\.seed: 1 -> 2"):
+        decide(BEGUN, {"sampling.seed": "2"}, resume="always", output="out")
+
+
 @pytest.mark.parametrize("resume", ["if_possible", "always", "never"])
 def test_data_without_a_recorded_run_is_refused(resume: str) -> None:
     with pytest.raises(SpecError, match="no run is recorded"):

@@ -33,10 +33,10 @@ def test_an_override_changes_its_keys_and_no_others(override: dict[str, object])
     assert settings.model_dump() == BASE.model_dump() | override
 
 
-def test_every_setting_but_column_and_fit_can_be_overridden() -> None:
+def test_every_setting_but_the_jobs_own_can_be_overridden() -> None:
     for name, value in BASE.model_dump().items():
         text = json.dumps({name: value})
-        if name in ("column", "fit"):
+        if name in ("column", "fit", "dedupe"):
             with pytest.raises(RowError, match="belongs to the job"):
                 row_sampling(BASE, text)
         else:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from array import array
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.inputs import InputFile
 from pipeline.jsonl import Marks
+from pipeline.row_picks import pack
 from pipeline.shards import Plan, Shard, make_plan, rows_per_shard
 
 
@@ -89,3 +91,47 @@ def test_foreign_json_and_bad_sizes_are_refused():
         Plan((), 0)
     with pytest.raises(IndexError):
         Plan(files(3), 2).shard(2)
+
+
+@st.composite
+def picked_plans(draw):
+    sizes = draw(st.lists(st.integers(0, 300), min_size=1, max_size=5))
+    rows = [draw(st.none() | st.sets(st.integers(0, size - 1) if size else st.nothing())) for size in sizes]
+    picks = [
+        None if wanted is None else pack(np.array(sorted(wanted), np.int64), size)
+        for wanted, size in zip(rows, sizes, strict=True)
+    ]
+    plan = Plan(files(*sizes), 8 * draw(st.integers(1, 12)), picks=tuple(picks))
+    return plan, [range(size) if wanted is None else sorted(wanted) for wanted, size in zip(rows, sizes, strict=True)]
+
+
+@given(picked_plans())
+def test_of_files_with_picks_every_picked_row_is_in_exactly_one_shard_and_no_other(planned):
+    plan, wanted = planned
+    everything = [(index, row) for index, rows in enumerate(wanted) for row in rows]
+    covered = []
+    for shard in plan:
+        rows = range(shard.start, shard.stop) if shard.picked_rows is None else shard.picked_rows.tolist()
+        assert 0 < len(rows) == shard.num_rows
+        assert all(shard.start <= row < shard.stop for row in rows)
+        covered += [(shard.file_index, row) for row in rows]
+    assert covered == everything
+    assert len(covered) == plan.num_rows
+    assert len({shard.part_name for shard in plan}) == plan.num_shards
+    assert Plan.from_json(plan.to_json()) == plan
+    for number, place in enumerate(everything):
+        shard, row = plan.find(number)
+        assert (shard.file_index, row) == place
+        assert row in range(shard.start, shard.stop)
+
+
+def test_picks_belong_to_whole_plans_without_a_limit():
+    some = (pack(np.array([1]), 9),)
+    with pytest.raises(ValueError, match="every file or none"):
+        Plan(files(9, 9), 8, picks=some)
+    with pytest.raises(ValueError, match="never together with a limit"):
+        Plan(files(9), 8, 5, some)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        Plan(files(9), 9, picks=some)
+    with pytest.raises(ValueError, match="outside a file of 9 rows"):
+        pack(np.array([9]), 9)

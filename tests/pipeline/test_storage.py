@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -16,13 +17,6 @@ import pytest
 from pipeline import local_objects
 from pipeline.errors import SpecError
 from pipeline.storage import Store, split_url
-
-
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest) -> Store:
-    if request.param == "local":
-        return Store(str(request.getfixturevalue("tmp_path") / "out"))
-    return Store(f"s3://{request.getfixturevalue('s3_bucket')}/out")
 
 
 @pytest.fixture
@@ -65,20 +59,6 @@ def test_create_of_a_taken_name_is_file_exists_and_changes_nothing(store: Store)
 def test_create_that_finds_its_own_bytes_counts_as_done(store: Store) -> None:
     store.create("x", b"mine")
     store.create("x", b"mine")
-
-
-@pytest.fixture
-def atomic_moto(monkeypatch: pytest.MonkeyPatch) -> None:
-    """moto tests the condition of a put and stores the object in two steps; S3 does it in one."""
-    from moto.s3.responses import S3Response
-
-    original, one_at_a_time = S3Response._key_response_put, threading.Lock()
-
-    def put(self: Any, query: Any, key_name: str) -> Any:
-        with one_at_a_time:
-            return original(self, query, key_name)
-
-    monkeypatch.setattr(S3Response, "_key_response_put", put)
 
 
 @pytest.mark.usefixtures("atomic_moto")
@@ -280,3 +260,16 @@ def test_filesystems_are_not_shared_so_that_no_cached_listing_hides_a_commit(s3_
     other = fsspec.filesystem("s3", skip_instance_cache=True)
     other.pipe_file(s3_store.path("data/a"), b"1")
     assert s3_store.list("data") == {"a": 1}
+
+
+def test_what_is_written_piece_by_piece_shows_whole_or_not_at_all(store: Store) -> None:
+    store.put("x", b"earlier")
+    with store.writing("x") as file:
+        file.write(b"a" * 100_000)
+        file.write(b"b")
+        assert store.read("x") == b"earlier"
+    assert store.read("x") == b"a" * 100_000 + b"b"
+    with contextlib.suppress(KeyboardInterrupt), store.writing("x") as file:
+        file.write(b"c")
+        raise KeyboardInterrupt
+    assert store.read("x") == b"a" * 100_000 + b"b"

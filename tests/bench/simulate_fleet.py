@@ -1,0 +1,177 @@
+"""Many replicas of different speed in virtual time, under the real dispatch board and the real recall decision.
+
+    python -m tests.bench.simulate_fleet --replicas 200 --rows 1000000
+
+Only engines and network are imagined: rows have log-normal lengths, a replica runs `--sequences` of them at once at its
+speed, and tells of finished rows once per `POLL_S`, as `pipeline.dispatcher` hears of them. What is measured is real:
+seconds of this process per row spent in decisions. What follows from the simulation: the share of sequences that stood
+idle while there was work for all, and how long the last rows took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import json
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from pipeline.balance import Load, SpeedMeter, choose_recall
+from pipeline.dispatch import DispatchBoard
+from pipeline.dispatcher import RECALL_INTERVAL_S, WINDOW_FACTOR
+
+POLL_S = 0.05
+SHARD_ROWS = 256
+SPEEDS = (1.0, 2.0, 3.0)
+MEDIAN_S = 8.0
+"""A row of median length on the slowest kind of replica."""
+
+
+@dataclass(slots=True)
+class Replica:
+    speed: float
+    waiting: deque[int] = field(default_factory=deque)
+    running: int = 0
+    finished: list[int] = field(default_factory=list)
+    meter: SpeedMeter = field(default_factory=SpeedMeter)
+
+
+class Simulation:
+    """One run in virtual time."""
+
+    def __init__(self, *, replicas: int, rows: int, sequences: int, seed: int = 1) -> None:
+        self._random = random.Random(seed)
+        self._rows_left = rows
+        self._num_rows = rows
+        self._sequences = sequences
+        self._board: DispatchBoard[int] = DispatchBoard(max_attempts=3)
+        self._replicas = {f"r{i}": Replica(SPEEDS[i % len(SPEEDS)]) for i in range(replicas)}
+        self._window = WINDOW_FACTOR * sequences
+        self._events: list[tuple[float, int, str, int]] = []
+        self._order = itertools.count()
+        self._now = 0.0
+        self._next_row = 0
+        self._balanced_at = 0.0
+        self._num_running = 0
+        self._busy_s = 0.0
+        """Sequence-seconds until the input ran dry."""
+        self._dry_at: float | None = None
+        self.decision_s = 0.0
+        self.num_done = 0
+        self.done_at: list[float] = []
+
+    def run(self) -> dict[str, float]:
+        """Play to the end; returns the figures."""
+        for name in self._replicas:
+            self._board.replica_up(name, window=self._window)
+        self._supply()
+        self._send()
+        for name in self._replicas:
+            self._at(POLL_S * self._random.random(), name, -1)
+        while self.num_done < self._num_rows:
+            then, _, name, row = heapq.heappop(self._events)
+            if self._dry_at is None:
+                self._busy_s += self._num_running * (then - self._now)
+                if not self._rows_left and not self._board.num_waiting:
+                    self._dry_at = then
+            self._now = then
+            if row < 0:
+                self._poll(name)
+            else:
+                self._finish(name, row)
+        return self._figures()
+
+    def _at(self, delay: float, name: str, row: int) -> None:
+        heapq.heappush(self._events, (self._now + delay, next(self._order), name, row))
+
+    def _supply(self) -> None:
+        """Ray Data's part: shards are opened while fewer rows are unfinished than 1.5 windows."""
+        while self._rows_left and self._board.num_unfinished < 1.5 * self._window * len(self._replicas):
+            count = min(SHARD_ROWS, self._rows_left)
+            self._board.add_rows(range(self._next_row, self._next_row + count))
+            self._next_row += count
+            self._rows_left -= count
+
+    def _send(self) -> None:
+        began = time.perf_counter()
+        sent = []
+        while (assignment := self._board.next_assignment()) is not None:
+            sent.append(assignment)
+        self.decision_s += time.perf_counter() - began
+        for assignment in sent:
+            replica = self._replicas[assignment.replica]
+            replica.waiting.extend(assignment.keys)
+            self._fill(assignment.replica, replica)
+
+    def _fill(self, name: str, replica: Replica) -> None:
+        while replica.waiting and replica.running < self._sequences:
+            replica.running += 1
+            took = self._random.lognormvariate(0.0, 0.6) * MEDIAN_S / replica.speed
+            self._num_running += 1
+            self._at(took, name, replica.waiting.popleft())
+
+    def _finish(self, name: str, row: int) -> None:
+        replica = self._replicas[name]
+        replica.running -= 1
+        self._num_running -= 1
+        replica.finished.append(row)
+        self.num_done += 1
+        self.done_at.append(self._now)
+        self._fill(name, replica)
+
+    def _poll(self, name: str) -> None:
+        replica = self._replicas[name]
+        told, replica.finished = replica.finished, []
+        began = time.perf_counter()
+        for row in told:
+            self._board.finished(name, row)
+        if told or replica.running:
+            replica.meter.add(len(told), POLL_S)
+        self.decision_s += time.perf_counter() - began
+        if told:
+            self._supply()
+            self._send()
+            self._balance()
+        self._at(POLL_S, name, -1)
+
+    def _balance(self) -> None:
+        if self._board.num_waiting or self._now - self._balanced_at < RECALL_INTERVAL_S:
+            return
+        self._balanced_at = self._now
+        began = time.perf_counter()
+        loads = {
+            name: Load(r.running + len(r.waiting), self._sequences, len(r.waiting), r.meter.rate)
+            for name, r in self._replicas.items()
+        }
+        recall = choose_recall(loads)
+        if recall is not None:
+            for _ in range(recall.count):
+                self._board.returned(recall.replica, self._replicas[recall.replica].waiting.pop())
+        self.decision_s += time.perf_counter() - began
+        self._send()
+
+    def _figures(self) -> dict[str, float]:
+        wall, dry = self.done_at[-1], self._dry_at or self.done_at[-1]
+        capacity = len(self._replicas) * self._sequences
+        return {
+            "replicas": len(self._replicas),
+            "rows": self._num_rows,
+            "virtual_s": round(wall, 1),
+            "decision_us_per_row": round(1e6 * self.decision_s / self._num_rows, 1),
+            "rows_per_s_at_which_one_core_is_full": round(self._num_rows / self.decision_s),
+            "idle_share_until_the_input_is_dry": round(1 - self._busy_s / (dry * capacity), 4),
+            "from_dry_to_done_s": round(wall - dry, 1),
+        }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--replicas", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--sequences", type=int, default=64)
+    chosen = parser.parse_args()
+    figures = Simulation(replicas=chosen.replicas, rows=chosen.rows, sequences=chosen.sequences).run()
+    print(json.dumps(figures))

@@ -1,0 +1,155 @@
+"""The endpoint's rules without a server: rates, room, keys, what a RayService says, and streams put together again."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.fleet_file import FleetFile
+from cluster.manifests_serve import BUILDER
+from cluster.serve_errors import ApiError
+from cluster.serve_keys import KeyFile, add_key, hash_key, read_keys
+from cluster.serve_limits import RateLimiter, has_room
+from cluster.serve_prompts import PromptMaker
+from cluster.serve_settings import ServeSettings
+from cluster.serve_types import ChatRequest, CompletionRequest
+from jobs.execute import PRIORITIES
+from jobs.manifest import write_manifest
+from pipeline.engine import Completion, EngineInfo, Piece
+from pipeline.errors import SpecError
+from pipeline.model import fetch_model
+from pipeline.replica import kept_free
+from pipeline.vllm_streams import OpenStreams
+from tests.endpoints import MODEL
+
+EXAMPLE = Path(__file__).parents[2] / "cluster" / "examples" / "fleet.yaml"
+
+
+def test_a_key_gets_its_minutes_worth_at_once_and_then_one_by_one() -> None:
+    rates = RateLimiter(6)
+    assert [rates.wait_s("a", 0.0) for _ in range(6)] == [None] * 6
+    assert rates.wait_s("a", 0.0) == 10
+    assert rates.wait_s("b", 0.0) is None
+    assert rates.wait_s("a", 9.0) == 1
+    assert rates.wait_s("a", 10.0) is None
+    assert [rates.wait_s("a", 1000.0) for _ in range(7)] == [None] * 6 + [10]
+    assert RateLimiter(None).wait_s("a", 0.0) is None
+
+
+@pytest.mark.parametrize(("num_new", "fits"), [(1, True), (4, True), (5, False)])
+def test_there_is_room_for_what_engines_run_and_a_few_that_wait(num_new: int, fits: bool) -> None:
+    assert has_room(num_new, num_unfinished=14, num_seqs=16, max_waiting=2) is fits
+
+
+def test_runs_leave_sequences_free_only_while_people_ask() -> None:
+    def kept(num_seqs: int, since_online_s: float, lookahead: int = 0) -> int:
+        return kept_free(EngineInfo(num_seqs, 512, None, {}, lookahead), since_online_s=since_online_s)
+
+    assert kept(64, since_online_s=1.0) == 8
+    assert kept(4, since_online_s=1.0) == 1
+    assert kept(1, since_online_s=1.0) == 0
+    assert kept(64, since_online_s=60.0) == 0
+    # What waits ahead of the sequences, in an engine with a core of its own, is no sequence that is free.
+    assert kept(64, since_online_s=1.0, lookahead=8) == 16
+    assert kept(64, since_online_s=60.0, lookahead=8) == 0
+
+
+def test_keys_are_kept_as_hashes_for_their_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys.txt"
+    alice, bob = add_key(path, "alice"), add_key(path, "bob")
+    assert alice not in path.read_text()
+    assert read_keys(path) == {hash_key(alice): "alice", hash_key(bob): "bob"}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(SpecError, match="has a key named 'bob'"):
+        add_key(path, "bob")
+    with pytest.raises(SpecError, match="can't name a key"):
+        add_key(path, "a b")
+    file = KeyFile(path)
+    assert (file.name_of(alice), file.name_of(bob), file.name_of("tm-x")) == ("alice", "bob", None)
+    path.unlink()
+    assert file.name_of(alice) is None
+
+
+def test_a_rayservice_is_what_serve_and_we_can_read() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    text = write_manifest(EXAMPLE, target="rayservice", job=None, output=None)
+    [service] = yaml.safe_load_all(text)
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    [application] = ServeDeploySchema(**config).applications
+    assert application.import_path == BUILDER
+    file = FleetFile.model_validate(application.args["fleet_file"])
+    assert file.serve.keys is not None
+    assert not file.serve.is_loopback
+    [container] = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert any(file.serve.keys.startswith(mount["mountPath"]) for mount in container["volumeMounts"])
+
+
+def test_people_go_before_every_run_and_a_seed_is_kept(tiny: PromptMaker) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "seed": 7, "stop": "x", "max_tokens": 5}
+    [request] = tiny.chat(ChatRequest.model_validate(body)).requests
+    assert request.priority < min(PRIORITIES.values())
+    assert (request.seed, request.sampling.stop, request.sampling.max_tokens) == (7, ["x"], 5)
+    [free] = tiny.chat(ChatRequest.model_validate({"model": "m", "messages": body["messages"]})).requests
+    assert free.sampling.max_tokens == 512 - len(free.prompt_token_ids)
+    assert free.seed is not None
+
+
+def test_text_to_continue_gets_a_beginning_and_no_template(tiny: PromptMaker) -> None:
+    asked = tiny.completion(CompletionRequest.model_validate({"model": "m", "prompt": ["hi</s>", "ho"], "n": 2}))
+    assert asked.num_samples == 4
+    ids = asked.requests[0].prompt_token_ids
+    assert ids[0] == 1
+    assert 2 not in ids, "what a user types is no control token"
+    [given] = tiny.completion(CompletionRequest.model_validate({"model": "m", "prompt": [1, 5]})).requests
+    assert given.prompt_token_ids == [1, 5]
+    with pytest.raises(ApiError, match="token id 99999"):
+        tiny.completion(CompletionRequest.model_validate({"model": "m", "prompt": [99999]}))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> PromptMaker:
+    path = fetch_model(MODEL).path
+    return PromptMaker(path, max_model_len=512, vocab_size=32000, settings=ServeSettings())
+
+
+def delta(index: int, text: str, ids: list[int], finish: str | None = None) -> Any:
+    return SimpleNamespace(
+        index=index,
+        text=text,
+        token_ids=ids,
+        logprobs=None,
+        finish_reason=finish,
+        stop_reason=None,
+        cumulative_logprob=-1.0 if finish else None,
+        routed_experts=None,
+    )
+
+
+def output(request_id: str, *deltas: Any, finished: bool = False) -> Any:
+    return SimpleNamespace(
+        request_id=request_id, outputs=list(deltas), finished=finished, num_cached_tokens=0, metrics=None
+    )
+
+
+def test_streams_are_put_together_again_and_others_left_alone() -> None:
+    streams = OpenStreams(layers=[0])
+    streams.open("a", 2)
+    other = output("b", delta(0, "x", [1], "stop"), finished=True)
+    mine, others = streams.take([output("a", delta(0, "he", [1])), other, output("a", delta(1, "bye", [7], "stop"))])
+    assert others == [other]
+    assert [(piece.index, piece.text) for piece in mine if isinstance(piece, Piece)] == [(0, "he"), (1, "bye")]
+    mine, others = streams.take([output("a", delta(0, "llo", [2, 3], "length"), finished=True)])
+    assert others == []
+    whole = mine[-1]
+    assert isinstance(whole, Completion)
+    assert [(s.text, s.token_ids, s.finish_reason) for s in whole.samples] == [
+        ("hello", (1, 2, 3), "length"),
+        ("bye", (7,), "stop"),
+    ]
+    assert not streams

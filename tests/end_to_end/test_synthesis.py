@@ -1,0 +1,215 @@
+"""Syntheses, whole: samplers, records by a schema, rounds for the broken, doubles found, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from jobs.prepare import PreparedJob, prepare
+from jobs.spec import parse_spec
+from jobs.synthesis_text import synthesis_lines
+from tests.driver_processes import DriverLauncher, wait_until
+from tests.whole_runs import check_whole, make_job, read_output, run_scripted, snapshot, write_prompts
+
+NESTED: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "topic": {"enum": ["billing", "bug", "praise"]},
+        "question": {"type": "string", "minLength": 10, "maxLength": 60},
+        "asked_on": {"type": "string", "format": "date"},
+        "answers": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 3,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "text": {"type": "string", "minLength": 20, "maxLength": 40},
+                    "score": {"type": "integer", "minimum": 1, "maximum": 10},
+                },
+                "required": ["text", "score"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    "required": ["topic", "question", "asked_on", "answers"],
+    "additionalProperties": False,
+}
+
+
+TEMPLATE = "{{ who }} asks in {{ year }}, {{ tone }}: {{ text }}"
+
+
+def synthesis_text(
+    rows: Path,
+    output: Path,
+    *,
+    sampling: dict[str, Any] | None = None,
+    template: str = TEMPLATE,
+    **synthesize: Any,
+) -> str:
+    samplers = {
+        "tone": {"category": {"formal": 3, "angry": 1}},
+        "year": {"range": [1990, 1999]},
+        "who": {"persona": str(rows.parent / "personas.txt")},
+    }
+    (rows.parent / "personas.txt").write_text("a nurse\n\na farmer\na pilot\n")
+    spec = {
+        "name": "synthesis",
+        "kind": "synthesize",
+        "model": {"source": "tiny", "dtype": "float32", "max_model_len": 2048},
+        "input": {"path": str(rows)},
+        "prompt": {"template": template},
+        "sampling": {"temperature": 1.0, "seed": 5, "max_tokens": 64, "json_schema": NESTED, **(sampling or {})},
+        "synthesize": {"samplers": samplers, **synthesize},
+        "output": {"path": str(output)},
+    }
+    return yaml.safe_dump(spec, sort_keys=False)
+
+
+def synthesis_job(rows: Path, output: Path, **sections: Any) -> PreparedJob:
+    return prepare(parse_spec(synthesis_text(rows, output, **sections), name="synthesis.yaml"))
+
+
+def read_folder(folder: Path) -> list[dict[str, Any]]:
+    names = sorted(folder.glob("*.parquet"))
+    return [row for name in names for row in pq.read_table(name).to_pylist()]
+
+
+def made(output: Path) -> dict[str, bytes]:
+    """Every file of records and dropped ones, byte for byte."""
+    folders = [output / "records", output / "dropped"]
+    return {f"{folder.name}/{path.name}": path.read_bytes() for folder in folders for path in folder.glob("*")}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_500_records_under_a_nested_schema_are_all_valid_and_none_is_lost(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 250)
+    output = tmp_path / "out"
+    summary = run_scripted(synthesis_job(rows, output, sampling={"n": 2}))
+    check_whole(output, 250)
+    records, dropped = read_folder(output / "records"), read_folder(output / "dropped")
+    for record in records:
+        jsonschema.validate(json.loads(record["record"]), NESTED, format_checker=jsonschema.FormatChecker())
+    keys = [(row["source_row"], row["source_sample"]) for row in records + dropped]
+    assert sorted(keys) == [(row, sample) for row in range(250) for sample in range(2)]
+    report = summary["synthesis"]
+    assert report["records"] == len(records) > 400
+    assert Counter(row["reason"] for row in dropped) == report["dropped"]
+    # The engine's dates know no leap years and some answers are cut, so there is something to mend.
+    first = Counter(read_output(output)["status"].to_pylist())
+    assert report["rounds"][0]["asked_again"] == first["truncated"] + first["invalid"] > 0
+    assert report["rounds"][0]["mended"] > 0
+    assert {row["num_retries"] for row in records} >= {0, 1}
+    coverage = report["diversity"]["coverage"]
+    assert coverage == {
+        "tone": {"drawn": 2, "of": 2},
+        "year": {"drawn": 10, "of": 10},
+        "who": {"drawn": 3, "of": 3},
+    }
+    assert 0 < report["diversity"]["distinct_1"] <= report["diversity"]["distinct_3"] <= 1
+    assert any("mended" in line for line in synthesis_lines(summary))
+    before = snapshot(output / "records")
+    assert run_scripted(synthesis_job(rows, output, sampling={"n": 2}))["synthesis"] == report
+    assert snapshot(output / "records") == before
+
+
+def killed_at(launcher: DriverLauncher, spec: Path, moment: Callable[[], bool], what: str) -> None:
+    """Start a driver and kill it at that moment; it may have ended before if it was quick."""
+    driver = launcher.start(spec)
+    wait_until(lambda: moment() or driver.ended, what)
+    driver.kill()
+
+
+def num_parts(output: Path, pattern: str) -> int:
+    return len(list(output.glob(pattern)))
+
+
+def check_killed(folder: Path, new_launcher: Callable[..., DriverLauncher], rows: int, kills: list[str]) -> None:
+    """Kill a driver as soon as there is one more file of each pattern, then compare with an undisturbed synthesis."""
+    prompts, output = write_prompts(folder / "in.parquet", rows), folder / "out"
+    spec = folder / "job.yaml"
+    spec.write_text(synthesis_text(prompts, output))
+    launcher = new_launcher(max_num_seqs=16, step_delay_s=0.02)
+    for pattern in kills:
+        before = num_parts(output, pattern)
+        killed_at(launcher, spec, lambda: num_parts(output, pattern) > before, f"one more {pattern}")  # noqa: B023
+        assert not (output / "synthesis.json").exists(), "killed too late to disturb anything"
+    launcher.run(spec)
+    check_whole(output, rows)
+    undisturbed = folder / "undisturbed"
+    run_scripted(synthesis_job(prompts, undisturbed))
+    assert made(output) == made(undisturbed)
+    reports = [json.loads((each / "synthesis.json").read_text())["synthesis"] for each in (output, undisturbed)]
+    for report in reports:
+        for each in report["rounds"]:
+            del each["output"]
+    assert reports[0] == reports[1]
+    assert reports[0]["rounds"][0]["mended"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_killed_driver_changes_no_record(
+    local_ray: None, tmp_path: Path, new_launcher: Callable[..., DriverLauncher]
+) -> None:
+    check_killed(tmp_path, new_launcher, 150, ["retries/*/data/part-*"])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_five_kills_of_the_driver_change_no_record(
+    local_ray: None, tmp_path: Path, new_launcher: Callable[..., DriverLauncher]
+) -> None:
+    run, later = "data/part-*", "retries/*/data/part-*"
+    check_killed(tmp_path, new_launcher, 1200, [run, run, later, later, "records/part-*"])
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_planted_doubles_and_unwanted_records_are_dropped_with_their_reason(tmp_path: Path) -> None:
+    # A greedy engine answers equal prompts equally: every row comes three times.
+    rows = write_prompts(tmp_path / "in.parquet", 90, text=[f"question {number // 3}" for number in range(90)])
+    output = tmp_path / "out"
+    job = synthesis_job(
+        rows, output, sampling={"temperature": 0}, samplers={}, filters={"rejects": "bug"}, template="{{ text }}"
+    )
+    report = run_scripted(job)["synthesis"]
+    records, dropped = read_folder(output / "records"), read_folder(output / "dropped")
+    texts = [row["record"] for row in records]
+    assert len(set(texts)) == len(texts) == report["records"] > 0
+    assert all(row["source_row"] % 3 == 0 for row in records), "of equal ones the first stays"
+    by_reason = Counter(row["reason"] for row in dropped)
+    assert by_reason["exact_duplicate"] == 2 * len(records)
+    assert by_reason["rejected"] > 0
+    for row in dropped:
+        if row["reason"] == "exact_duplicate":
+            assert row["like"].endswith(f":{row['source_row'] // 3 * 3}:0")
+        if row["reason"] == "rejected":
+            assert "bug" in row["record"]
+    # Other filters make other records of the same answers.
+    before = snapshot(output / "data")
+    again = run_scripted(synthesis_job(rows, output, sampling={"temperature": 0}, samplers={}, template="{{ text }}"))[
+        "synthesis"
+    ]
+    assert again["records"] > report["records"]
+    assert snapshot(output / "data") == before
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_records_are_the_next_jobs_input(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 20)
+    run_scripted(synthesis_job(rows, tmp_path / "first"))
+    records = read_folder(tmp_path / "first" / "records")
+    keep = {"output": {"keep": ["id", "record", "tone"]}}
+    second = make_job(tmp_path / "first" / "records", tmp_path / "second", prompt={"template": "{{ record }}"}, **keep)
+    run_scripted(second)
+    check_whole(tmp_path / "second", len(records))
+    assert sorted(read_output(tmp_path / "second")["record"].to_pylist()) == sorted(row["record"] for row in records)

@@ -1,0 +1,144 @@
+"""How many shards are begun at once: enough for the engines, and no more than a killed driver may lose."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.flow import MAX_CALLS, num_calls, open_rows_limit, rows_at_risk, uncommitted_rows_limit
+from pipeline.generate import GenerateSettings, GenerateStage
+from pipeline.settings import LimitSettings, RoutingSettings
+
+sizes = st.lists(st.integers(1, 5000), min_size=1, max_size=600)
+
+
+@given(sizes, st.integers(1, 20_000))
+def test_whatever_the_sizes_the_calls_are_few_and_enough_rows_for_the_limit_fit_in_them(
+    shard_rows: list[int], limit: int
+) -> None:
+    calls = num_calls(shard_rows, limit, twin_factor=1)
+    assert 1 <= calls <= min(len(shard_rows), MAX_CALLS)
+    if calls < min(len(shard_rows), MAX_CALLS):
+        neighbours = zip(*(shard_rows[start:] for start in range(calls)), strict=False)
+        assert all(sum(rows) >= limit for rows in neighbours)
+
+
+def test_small_shards_among_large_ones_are_open_together() -> None:
+    assert num_calls([4096] * 250, 1600, twin_factor=1) == 2
+    assert num_calls([4096] * 250, 1600, twin_factor=4) == 8
+    assert num_calls([1] * 10_000 + [4096] * 250, 1600, twin_factor=1) == MAX_CALLS
+    assert num_calls([1] * 3, 1600, twin_factor=4) == 3
+
+
+def test_what_a_kill_may_cost_is_what_may_be_open_and_uncommitted() -> None:
+    assert open_rows_limit(32, 64) == 48 + 64
+    assert uncommitted_rows_limit(32, 64) == 4 * 64
+    assert uncommitted_rows_limit(1024, 64) == open_rows_limit(1024, 64)
+    assert rows_at_risk(32, 64) == 112 + 256 + 128
+
+
+class Monitor:
+    """Answers at once, as the actor would."""
+
+    def __init__(self) -> None:
+        self.order, self.committed_rows = "run", 0
+        self.post = SimpleNamespace(remote=self._post)
+
+    async def _post(self, name: str, figures: Any) -> tuple[str, int]:
+        return self.order, self.committed_rows
+
+
+class Dispatch:
+    """Holds each shard until it is let go."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[int, asyncio.Future[None]]] = []
+        self.num_in_flight = self.num_replicas = 0
+        self.is_drained = False
+
+    @property
+    def num_open_rows(self) -> int:
+        return sum(rows for rows, _ in self.open)
+
+    async def generate(self, requests: list[Any], digests: Any) -> list[Any]:
+        mine = (len(requests), asyncio.get_running_loop().create_future())
+        self.open.append(mine)
+        await mine[1]
+        self.open.remove(mine)
+        return [None] * len(requests)
+
+    def let_go(self, count: int) -> None:
+        for _, future in self.open[:count]:
+            future.set_result(None)
+
+    def drain(self) -> None:
+        self.is_drained = True
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> GenerateStage:
+    settings = GenerateSettings(0, "", pa.schema([]), RoutingSettings(), LimitSettings(), None, dedupe=False)
+    stage = GenerateStage(None, Monitor(), settings, max_open_rows=25, max_uncommitted_rows=40)
+    counters = SimpleNamespace(to_json_bytes=lambda: b"{}")
+    stage._builder = SimpleNamespace(build=lambda prompts, outcomes: (prompts, counters))  # type: ignore[assignment]
+    stage._dispatcher = Dispatch()  # type: ignore[assignment]
+    monkeypatch.setattr("pipeline.generate.POST_INTERVAL_S", 0.01)
+    monkeypatch.setattr("pipeline.generate.shard_requests", lambda prompts, settings: [None] * prompts.num_rows)
+    return stage
+
+
+async def open_rows_become(stage: GenerateStage, count: int) -> None:
+    """Wait for it, and a little longer for it to stay so."""
+    for _ in range(500):
+        if stage._dispatcher.num_open_rows == count:
+            break
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert stage._dispatcher.num_open_rows == count
+
+
+def shards(count: int) -> list[pa.Table]:
+    return [pa.table({"_tm_shard": pa.array([index] * 10, pa.int32())}) for index in range(count)]
+
+
+def test_the_gate_lets_in_what_rows_allow_and_goes_on_with_what_is_committed(stage: GenerateStage) -> None:
+    async def work() -> None:
+        monitor, dispatch = stage._monitor, stage._dispatcher
+        tasks = [asyncio.ensure_future(stage(shard)) for shard in shards(8)]
+        await open_rows_become(stage, 30)  # begun while fewer than 25 were open
+        dispatch.let_go(3)
+        await open_rows_become(stage, 30)  # 30 finished wait for their commit, of 40
+        dispatch.let_go(2)
+        await open_rows_become(stage, 10)  # 50 do
+        dispatch.let_go(1)
+        await open_rows_become(stage, 0)
+        monitor.committed_rows = 30
+        await open_rows_become(stage, 20)  # the last two
+        monitor.order = "drain"
+        dispatch.let_go(2)
+        await asyncio.gather(*tasks)
+        for _ in range(500):
+            if dispatch.is_drained:
+                break
+            await asyncio.sleep(0.01)
+        assert dispatch.is_drained
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_a_drained_run_leaves_no_shard_at_the_gate(stage: GenerateStage) -> None:
+    async def work() -> None:
+        tasks = [asyncio.ensure_future(stage(shard)) for shard in shards(5)]
+        await open_rows_become(stage, 30)
+        stage._monitor.order = "drain"
+        await open_rows_become(stage, 50)  # of which the real one drops what isn't begun
+        stage._dispatcher.let_go(5)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(asyncio.wait_for(work(), 30))
