@@ -20,6 +20,7 @@ TIMEOUT_S = (5.0, 60.0)
 """To connect, and between two bytes of an answer."""
 LOG_ERRORS = (OSError, RuntimeError)
 """What a broken log stream raises, `aiohttp.ClientError` besides."""
+_OVERRULING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -155,7 +156,9 @@ def _checked(address: str) -> str:
 
 @functools.cache
 def _client_class() -> Any:
-    """Ray's client with a time limit on every request: it has none, and a silent proxy would hold us for ever."""
+    """Ray's client with a time limit on every request, for want of which a silent proxy would hold us for ever, and for
+    the address that it is given: Ray lets RAY_ADDRESS, which every job of a cluster has, overrule it.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.job_submission import JobSubmissionClient
 
@@ -163,7 +166,21 @@ def _client_class() -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
+        def __init__(self, address: str, **options: Any) -> None:
+            with _unset(*_OVERRULING):
+                super().__init__(address, **options)
+
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=TIMEOUT_S, **options)
 
     return Client
+
+
+@contextlib.contextmanager
+def _unset(*names: str) -> Iterator[None]:
+    """Run the block without these environment variables."""
+    values = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(values)

@@ -10,8 +10,10 @@
     |   |   `-- ReplicaUnreachable its process can't be reached; whether it died, and of what, isn't known yet
     |   `-- ReplicaHung          no progress for the allowed time; the replica is killed
     |-- RoutingInvalid         one sample's expert ids are impossible: nulled and counted; its text stands
+    |-- ApiError               `cluster.serve_errors`: a request over HTTP gets no answer, and why
     `-- RunError               the run stops; `exit_code` says how
         |-- SpecError            2  bad spec, input or settings; nothing ran
+        |   `-- UnknownJob         `jobs.ray_jobs`: the cluster has no such job
         `-- InfrastructureError  3  safe to rerun
 
 A run that ends early on purpose (too many failed rows: 1, an interrupt: 130) is no exception; its summary says so.

@@ -177,7 +177,10 @@ def _is_second_life() -> bool:
     """
     import ray
 
-    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    if not ray.is_initialized():
+        return False
+    context = ray.get_runtime_context()
+    return context.worker.mode == ray.WORKER_MODE and bool(context.was_current_actor_reconstructed)
 
 
 def shard_requests(prompts: pa.Table, settings: GenerateSettings) -> list[Request | None]:

@@ -79,6 +79,13 @@ class Driver:
         """All that it has printed so far."""
         return self.log.read_text(errors="replace")
 
+    def until(self, condition: Callable[[], bool], what: str, *, interval_s: float = 0.02) -> None:
+        """Wait for the condition; fail with what the driver said if it ends before that."""
+        wait_until(lambda: self.ended or condition(), what, interval_s=interval_s)
+        assert condition(), (
+            f"{what}: the driver ended before that, with {self._process.returncode}; it said:\n{self.said}"
+        )
+
     def signal_group(self, number: int) -> None:
         """What a terminal does on Ctrl-C: every process of the group gets it."""
         if not self.ended:

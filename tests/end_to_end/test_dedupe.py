@@ -13,7 +13,7 @@ from cluster.pools import PoolPlan
 from pipeline.dispatcher import Dispatcher, Outcome
 from pipeline.engine import Request
 from pipeline.settings import SamplingSettings
-from tests.driver_processes import DriverLauncher, wait_until
+from tests.driver_processes import DriverLauncher
 from tests.part_watcher import part_names
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import (
@@ -83,7 +83,7 @@ def test_a_killed_driver_with_twins_leaves_the_undisturbed_runs_results(
     launcher = new_launcher(max_num_seqs=8, step_delay_s=0.1)
     for parts in (3, 9):
         driver = launcher.start(spec)
-        wait_until(lambda parts=parts, driver=driver: driver.ended or len(part_names(output)) >= parts, "parts")
+        driver.until(lambda parts=parts: len(part_names(output)) >= parts, "parts")
         driver.kill()
     launcher.run(spec)
     run_scripted(make_job(rows, tmp_path / "undisturbed"))

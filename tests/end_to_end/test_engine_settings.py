@@ -20,6 +20,7 @@ def run_with(tmp_path: Path, **model: Any) -> RunError:
     return caught.value
 
 
+@pytest.mark.long  # `validate` finds it where vLLM is installed; an engine is started for it where it isn't
 @pytest.mark.timeout(600)
 def test_an_unknown_engine_argument_is_exit_2_and_names_the_closest(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -30,7 +30,7 @@ class Interrupted:
     def at_work(self) -> Driver:
         driver = self.launcher.start(self.spec)
         progress = self.output / "_run" / "progress.json"
-        wait_until(lambda: driver.ended or (progress.exists() and in_flight(progress) > 0), "rows in flight")
+        driver.until(lambda: progress.exists() and in_flight(progress) > 0, "rows in flight")
         return driver
 
 
@@ -90,7 +90,7 @@ def test_second_interrupt_ends_at_once(interrupted: Interrupted) -> None:
 def test_interrupt_while_engines_still_load_ends_the_run_soon(interrupted: Interrupted) -> None:
     driver = interrupted.launcher.start(interrupted.spec)
     progress = interrupted.output / "_run" / "progress.json"
-    wait_until(lambda: driver.ended or progress.exists(), "the run is being watched")
+    driver.until(progress.exists, "the run is being watched")
     assert json.loads(progress.read_text())["state"] == "starting"
     driver.signal_group(signal.SIGINT)
     assert driver.wait() == 130

@@ -11,7 +11,7 @@ import boto3
 import pytest
 
 from jobs.status import read_status, status_lines
-from tests.driver_processes import Driver, DriverLauncher, wait_until
+from tests.driver_processes import Driver, DriverLauncher
 from tests.part_watcher import PartWatcher, part_names, part_versions
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import (
@@ -63,8 +63,8 @@ def watcher(output: str, *file_rows: int) -> PartWatcher:
 
 
 def after_parts(output: str, count: int) -> Callable[[Driver], None]:
-    return lambda driver: wait_until(
-        lambda: driver.ended or len(part_names(output)) >= count, f"{count} parts", interval_s=LOOK_INTERVAL_S
+    return lambda driver: driver.until(
+        lambda: len(part_names(output)) >= count, f"{count} parts", interval_s=LOOK_INTERVAL_S
     )
 
 

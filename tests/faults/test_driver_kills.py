@@ -97,19 +97,18 @@ def check_against_undisturbed(run: KilledRun, folder: Path) -> None:
     assert check_whole(run.output, run.num_rows) == check_whole(folder / "undisturbed", run.num_rows)
 
 
-@pytest.mark.timeout(600)  # four runs, one after the other: 70 s on an idle machine
+@pytest.mark.timeout(600)  # three runs, one after the other: 40 s on an idle machine
 def test_killed_driver_resumes_without_lost_or_duplicate_rows(
     local_ray: None, tmp_path: Path, killed_run: Callable[[int, float], KilledRun]
 ) -> None:
-    run = killed_run(2000, 0.03)
+    run = killed_run(1200, 0.03)
     with run.watcher() as watcher:
-        for count in (4, 8):
-            run.kill_at(after_parts(run.output, count))
+        run.kill_at(after_parts(run.output, 4))
         run.launcher.run(run.spec)
     assert watcher.problems == []
     assert watcher.num_reads >= run.job.plan.num_shards
     assert run.pids_seen_dead
-    assert 0 <= run.num_started() - run.num_rows <= 2 * run.open_rows()
+    assert 0 <= run.num_started() - run.num_rows <= run.open_rows()
     check_against_undisturbed(run, tmp_path)
 
 

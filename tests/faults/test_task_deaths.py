@@ -94,7 +94,7 @@ def test_a_run_whose_dispatch_process_is_killed_ends_in_seconds_and_is_continued
     rows, output, spec = write_prompts(tmp_path / "in.parquet", 800), tmp_path / "out", tmp_path / "job.yaml"
     spec.write_text(spec_text(rows, output))
     driver = new_launcher(max_num_seqs=16, step_delay_s=0.05).start(spec)
-    wait_until(lambda: driver.ended or len(part_names(output)) >= 3, "three parts")
+    driver.until(lambda: len(part_names(output)) >= 3, "three parts")
     dispatch = process_below(driver.pid, "GenerateStage")
     assert dispatch is not None
     dispatch.kill()

@@ -125,6 +125,15 @@ def test_an_address_where_nothing_answers_is_exit_3() -> None:
         JobsApi(f"http://127.0.0.1:{free_port()}")
 
 
+def test_the_address_given_is_the_one_asked_whatever_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = f"http://127.0.0.1:{free_port()}"
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(InfrastructureError) as found:
+        JobsApi(given)
+    assert given.removeprefix("http://").replace(":", "', port=") in str(found.value.__cause__).replace("host='", "")
+
+
 def test_a_server_that_is_no_ray_is_exit_3(s3_server: str) -> None:
     with pytest.raises(InfrastructureError, match="answered"):
         JobsApi(s3_server)

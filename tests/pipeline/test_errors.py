@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.serve_errors import ApiError
+from jobs.ray_jobs import UnknownJob
 from pipeline import errors
 from pipeline.errors import ERROR_KINDS, INVALID_JSON, RETRYABLE_KINDS, RowError, RunError, TramontaneError
 
@@ -19,9 +21,17 @@ def every_class(root: type[TramontaneError] = TramontaneError) -> list[type[Tram
     return [root, *(found for child in root.__subclasses__() for found in every_class(child))]
 
 
+def example(kind: type[TramontaneError]) -> TramontaneError:
+    if issubclass(kind, RowError):
+        return kind("bad_row", "what", "template")
+    if issubclass(kind, ApiError):
+        return kind(400, "what", code="why", param="top_p")
+    return kind("what")
+
+
 @pytest.mark.parametrize("kind", every_class(), ids=lambda kind: kind.__name__)
 def test_every_exception_survives_pickling_with_all_it_carries(kind: type[TramontaneError]) -> None:
-    error = kind("bad_row", "what", "template") if issubclass(kind, RowError) else kind("what")
+    error = example(kind)
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind
     assert again.args == error.args
@@ -33,6 +43,7 @@ def test_exit_codes_are_those_of_the_contract() -> None:
     assert {kind.__name__: kind.exit_code for kind in every_class(RunError) if issubclass(kind, RunError)} == {
         "RunError": 3,
         "SpecError": 2,
+        UnknownJob.__name__: 2,
         "InfrastructureError": 3,
     }
 

@@ -221,6 +221,7 @@ def test_nothing_at_a_url_is_a_spec_error(cache: Path, s3_bucket: str, prefix: s
         fetch_model(ModelSettings(source=f"s3://{s3_bucket}/{prefix}nothing"))
 
 
+@pytest.mark.long
 def test_four_processes_that_race_make_the_tiny_model_once(cache: Path) -> None:
     code = (
         "from pipeline.model import fetch_model; from pipeline.settings import ModelSettings;"

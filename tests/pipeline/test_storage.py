@@ -110,6 +110,7 @@ def test_put_whose_reply_was_lost_is_done_once_more(s3_store: Store, monkeypatch
     assert s3_store.read("x") == b"mine"
 
 
+@pytest.mark.long
 def test_list_returns_more_objects_than_one_s3_page(s3_store: Store) -> None:
     import boto3
 
