@@ -206,5 +206,6 @@ def configure_ray_data() -> None:
     context.raise_original_map_exception = True  # wrapped in Ray Data's own, ours would lose its words on the way
     context.max_errored_blocks = 0  # rows fail in columns; an error here is ours and must be seen
     context.issue_detectors_config.detectors = []
+    context.memory_usage_poll_interval_s = None  # else a thread for each open shard reads /proc every second
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -71,7 +71,8 @@ def rss(process: psutil.Process) -> float:
 
 
 def main(rows: int, folder: Path, replicas: int) -> None:
-    job = make_job(write_rows(folder / "in.parquet", rows), folder / "out")
+    # Drawn, not greedy: outcomes of greedy rows are kept for equal ones, up to `twins.MAX_KEPT_BYTES`.
+    job = make_job(write_rows(folder / "in.parquet", rows), folder / "out", sampling={"temperature": 1.0})
     watch = MemoryWatch(folder / "out" / "_run" / "progress.json")
     thread = threading.Thread(target=watch.watch, daemon=True)
     with own_ray():

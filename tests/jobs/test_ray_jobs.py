@@ -131,7 +131,7 @@ def test_the_address_given_is_the_one_asked_whatever_the_environment_names(monke
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     with pytest.raises(InfrastructureError) as found:
         JobsApi(given)
-    assert given.removeprefix("http://").replace(":", "', port=") in str(found.value.__cause__).replace("host='", "")
+    assert given in str(found.value.__cause__)
 
 
 def test_a_server_that_is_no_ray_is_exit_3(s3_server: str) -> None:
