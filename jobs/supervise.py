@@ -36,6 +36,8 @@ MONITOR_DIED = (
     "the run's monitor process died, killed from outside or for lack of memory; what is committed is safe: "
     "rerun the same command"
 )
+GIVE_UP_S = 20.0
+"""How long a flow that was given up may take for its end: Ray Data waits for its own thread, then stops its actors."""
 GRACE_S = 10.0
 """How long a flow may take to end after everything unfinished was dropped, or all that was begun is committed."""
 
@@ -106,6 +108,7 @@ class Supervisor:
             while thread.is_alive() and not self._given_up():
                 thread.join(LOOK_INTERVAL_S)
                 self._look(thread)
+            self._give_up(thread)
             self._show("ended")
         ended = time.time()
         self._note_fleet()
@@ -138,6 +141,16 @@ class Supervisor:
         now = time.monotonic()
         ends = [ordered for ordered in (self._abandoned_at, self._stopped_at) if ordered is not None]
         return any(now - ordered > GRACE_S for ordered in ends) or self._interrupts.count > 2
+
+    def _give_up(self, thread: threading.Thread) -> None:
+        """End a flow that still runs, or it would be there when Ray is shut down."""
+        from pipeline.flow import give_up_flows
+
+        error = self._error
+        if thread.is_alive():
+            give_up_flows(InfrastructureError("given up"))
+            thread.join(GIVE_UP_S)
+            self._error = error  # what the flow says now is our own word
 
     def _look(self, thread: threading.Thread) -> None:
         import ray

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
 from pipeline.datasink import PartSink
@@ -106,6 +108,19 @@ def run_flow(
     with _deaths_explained():
         # A local output is a folder of the driver's node.
         dataset.write_datasink(sink, ray_remote_args=TASK_OPTIONS | (here if flow.store.is_local else {}))
+
+
+def give_up_flows(error: InfrastructureError) -> None:
+    """Have every `run_flow` of this process raise the error soon, whatever Ray Data waits for.
+
+    A thread of Ray Data's that still runs when Ray is shut down ends the process on the spot: exit code 1, no word
+    said. Ray Data has no way of its own to cancel a dataset that is written.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, StreamingExecutor):
+            output = thread._output_node
+            if output is not None:
+                output[1].mark_finished(error)
 
 
 def this_node() -> dict[str, str]:

@@ -99,7 +99,7 @@ def test_a_run_whose_dispatch_process_is_killed_ends_in_seconds_and_is_continued
     assert dispatch is not None
     dispatch.kill()
     killed_at, committed = time.monotonic(), part_versions(output)
-    assert driver.wait() == 3
+    assert driver.wait() == 3, driver.said
     assert time.monotonic() - killed_at < 60  # 4 s on an idle machine
     last_words = driver.said.splitlines()[-1]
     assert last_words.startswith("error: the dispatch process died")
