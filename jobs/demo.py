@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jobs.demo_prompts import make_prompts
 from pipeline.errors import SpecError
 
-SUBJECTS = [
-    "the mistral wind",
-    "a lighthouse",
-    "sourdough bread",
-    "the number seven",
-    "glaciers",
-    "a night train",
-    "bees",
-]
-TASKS = {
-    "poetry": "Write two lines of verse about {}.",
-    "facts": "List three facts about {}.",
-    "code": "Write a Python function that prints a line about {}.",
-    "translation": "How would you say a sentence about {} in French?",
-}
 SPEC = """\
 # Written by `tramontane demo`. Copy it, edit the copy and run that, or start afresh with `tramontane init`.
 name: demo
 model:    {{source: tiny, dtype: float32, max_model_len: 1024}}
 input:    {{path: "{prompts}"}}
 prompt:   {{messages: messages}}
-sampling: {{temperature: 0.7, max_tokens: 48, seed: 3}}
+sampling: {{temperature: 0, max_tokens: 64}}
 output:   {{path: "{output}"}}
-routing:  {{level: counts, slice_by: topic}}
+routing:  {{level: counts, slice_by: kind}}
 """
-
-
-def make_prompts(num_rows: int) -> list[dict[str, Any]]:
-    """Chats of one to three turns, with and without a system message; always the same for the same number."""
-    rng = random.Random(8)
-    rows = []
-    for number in range(num_rows):
-        topic = rng.choice(sorted(TASKS))
-        subject = rng.choice(SUBJECTS)
-        messages = [{"role": "user", "content": TASKS[topic].format(subject)}]
-        if rng.random() < 0.3:
-            messages.insert(0, {"role": "system", "content": "Answer in one short paragraph."})
-        if rng.random() < 0.3:
-            messages += [
-                {"role": "assistant", "content": f"Gladly. What should I know about {subject}?"},
-                {"role": "user", "content": f"Keep it simple; this is request {number}."},
-            ]
-        rows.append({"id": f"demo-{number:04d}", "topic": topic, "messages": messages})
-    return rows
 
 
 def run_demo(folder: Path, *, rows: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -94,20 +60,30 @@ def run_demo(folder: Path, *, rows: int, say: Callable[[str], None]) -> dict[str
 
 
 def demo_tables(folder: Path) -> list[str]:
-    """A few rows of a finished demonstration, and how its experts were used."""
-    import pyarrow.compute as pc
+    """A row of each kind, how many answers are right, and how the experts were used."""
     import pyarrow.parquet as pq
 
     output = folder / "result"
-    table = pq.read_table(output / "data").sort_by("input_row").slice(0, 4)
-    lines = ["", "id         status     in  out  text (noise: the weights are random, and so never stop by themselves)"]
-    for row in table.select(["id", "status", "num_input_tokens", "num_generated_tokens", "generated_text"]).to_pylist():
-        text = " ".join((row["generated_text"] or "").split())[:60]
+    rows = pq.read_table(output / "data").sort_by("input_row").to_pylist()
+    lines = ["", "id         in  out  question -> answer"]
+    for row in rows[:5]:
+        question = " ".join(row["messages"][-1]["content"].split())
+        shown = question if len(question) <= 60 else f"{question[:28]} ... {question[-27:]}"
+        answer = (row["generated_text"] or "").strip()
         lines.append(
-            f"{row['id']:<10} {row['status']:<9} {row['num_input_tokens']:>3} {row['num_generated_tokens']:>4}  {text}"
+            f"{row['id']:<9} {row['num_input_tokens']:>3} {row['num_generated_tokens']:>4}  {shown} -> {answer}"
         )
+    right = sum((row["generated_text"] or "").strip() == row["expected"] for row in rows)
+    lines += ["", f"{right} of {len(rows)} answers are the expected ones", *_expert_table(output)]
+    return lines
+
+
+def _expert_table(output: Path) -> list[str]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     experts = pq.read_table(output / "routing" / "experts.parquet")
-    lines += ["", "share of selections per expert, all rows", "layer  " + " ".join(f"{e:>5}" for e in range(8))]
+    lines = ["", "share of selections per expert, all rows", "layer  " + " ".join(f"{e:>5}" for e in range(8))]
     for layer in sorted(set(experts.column("layer").to_pylist())):
         rows = experts.filter(pc.equal(experts.column("layer"), layer)).to_pylist()
         total = sum(row["selections"] for row in rows) or 1

@@ -20,7 +20,8 @@ from pipeline.storage import filesystem, split_url
 
 # Files worth fetching. Pickled weights (*.bin, *.pt, *.pth) are not among them.
 WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*")
-TINY = "tiny"
+TINY, RANDOM = "tiny", "random"
+"""Models that come with the program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,11 @@ def fetch_model(settings: ModelSettings, *, weights: bool = True) -> ModelFiles:
         SpecError: the source doesn't exist, has no config or no safetensors, or needs remote code.
     """
     source = settings.source
-    if source == TINY:
-        from pipeline.tiny_mixtral import ensure_tiny_mixtral
+    if source in (TINY, RANDOM):
+        from pipeline.tiny_mixtral import ensure_random_mixtral, ensure_tiny_mixtral
 
-        return inspect_model(source, ensure_tiny_mixtral(cache_directory()), None)
+        made = (ensure_tiny_mixtral if source == TINY else ensure_random_mixtral)(cache_directory())
+        return inspect_model(source, made, None, version=made.name)
     scheme, _ = split_url(source)
     if scheme != "file":
         path = _download(source, weights=weights)
@@ -236,7 +238,7 @@ def _download(url: str, *, weights: bool) -> Path:
 def _from_hub(source: str, revision: str | None, *, weights: bool) -> ModelFiles:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise SpecError(
-            f"model.source {source!r} is no directory on this machine; give `tiny`, a directory, an s3:// (gs://, "
+            f"model.source {source!r} is no directory on this machine; give `tiny`, `random`, a directory, an s3:// (gs://, "
             "abfs://) URL or a Hugging Face id such as mistralai/Mixtral-8x7B-Instruct-v0.1"
         )
     from huggingface_hub import snapshot_download

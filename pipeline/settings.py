@@ -28,7 +28,7 @@ class ModelSettings(Settings):
     """Which model, and how the engine loads it."""
 
     source: str
-    """`tiny` (made on the spot, random weights), a local path, an fsspec URL, or a Hugging Face id."""
+    """`tiny` (comes with the program), `random` (its shape, random weights), a local path, an fsspec URL, or a Hugging Face id."""
     revision: str | None = None
     """Commit of a Hugging Face repository. Pin it: a moving branch changes results."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"

@@ -1,18 +1,24 @@
-"""Makes the embedded default model: a real Mixtral with tiny random weights and Mixtral 8x7B's real tokenizer.
+"""Puts the two embedded models together: real Mixtrals (4 layers, 8 experts, top 2), tiny, with Mixtral's tokenizer.
 
-Real architecture (8 experts, top 2), 11 M parameters, made in seconds without a network. Its text is noise; tokens,
-routing and every code path are those of the big one. The same version of this file always makes the same weights.
+`tiny` is trained (its card: pipeline/tiny/README.md) and answers a few kinds of question right. `random` has random
+weights, made in seconds: its text is noise and never stops by itself. Neither needs a network; tokens, routing and every
+code path are those of the big one. The tokenizer is mistral_common's, so that it need not be shipped twice.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+TRAINED = Path(__file__).with_name("tiny")
+TRAINED_FILES = ("config.json", "generation_config.json", "model.safetensors")
 VERSION = "1"
+"""Of the random weights; the trained ones' version is their content."""
 SEED = 8 * 7
 
 # Mixtral-8x7B-Instruct-v0.1's template, with the system message folded into the first user turn.
@@ -41,19 +47,29 @@ CHAT_TEMPLATE = """\
 
 
 def ensure_tiny_mixtral(cache: Path) -> Path:
-    """Return the model's directory under `cache`, making it first when it isn't there.
+    """Return the trained model's directory under `cache`, making it first when it isn't there.
 
     Guarantees:
     - the directory is complete or absent; processes that race make it once or harmlessly replace nothing.
+    - other weights are another directory.
     """
-    target = cache / f"tiny-mixtral-{VERSION}"
+    version = hashlib.sha256((TRAINED / "model.safetensors").read_bytes()).hexdigest()[:12]
+    return _ensure(cache / f"tiny-mixtral-{version}", _copy_trained)
+
+
+def ensure_random_mixtral(cache: Path) -> Path:
+    """As `ensure_tiny_mixtral`, with random weights: the same version of this file always makes the same ones."""
+    return _ensure(cache / f"random-mixtral-{VERSION}", _write_weights)
+
+
+def _ensure(target: Path, write_model: Callable[[Path], None]) -> Path:
     if target.is_dir():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".tiny-mixtral-", dir=cache))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         _write_tokenizer(temporary)
-        _write_weights(temporary)
+        write_model(temporary)
         temporary.chmod(0o755)
         os.rename(temporary, target)
     except OSError:
@@ -62,6 +78,11 @@ def ensure_tiny_mixtral(cache: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _copy_trained(folder: Path) -> None:
+    for name in TRAINED_FILES:
+        shutil.copyfile(TRAINED / name, folder / name)
 
 
 def _write_tokenizer(folder: Path) -> None:

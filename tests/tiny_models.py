@@ -151,7 +151,7 @@ def make_mixtral_8x22b(folder: Path) -> Path:
 
 def make_mixtral_8x7b_without_weights(folder: Path) -> Path:
     """What `plan` reads of Mixtral 8x7B: its config's figures and, from `tiny`, its own tokenizer."""
-    shutil.copytree(tiny_mixtral.ensure_tiny_mixtral(cache_directory()), folder)
+    shutil.copytree(tiny_mixtral.ensure_random_mixtral(cache_directory()), folder)
     for weights in folder.glob("*.safetensors"):
         weights.write_bytes(b"")
     (folder / "config.json").write_text(json.dumps({"architectures": ["MixtralForCausalLM"], **MIXTRAL_8X7B}))

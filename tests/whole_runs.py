@@ -37,7 +37,7 @@ def write_prompts(path: Path, rows: int, **columns: list[Any]) -> Path:
 def spec_text(input_path: str | Path, output: str | Path, /, **sections: dict[str, Any]) -> str:
     """A spec that asks `{{ text }}` greedily; `sections` are laid over it."""
     spec: dict[str, dict[str, Any]] = {
-        "model": {"source": "tiny", "dtype": "float32", "max_model_len": 512},
+        "model": {"source": "random", "dtype": "float32", "max_model_len": 512},
         "input": {"path": str(input_path)},
         "prompt": {"template": "{{ text }}"},
         "sampling": {"temperature": 0, "max_tokens": 6, "seed": 1},

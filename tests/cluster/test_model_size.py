@@ -11,7 +11,7 @@ from cluster.model_size import FAMILIES, ModelSize, model_size
 from cluster.precision import AWQ, FP8, Precision
 from pipeline.errors import SpecError
 from pipeline.model import read_config
-from pipeline.tiny_mixtral import ensure_tiny_mixtral
+from pipeline.tiny_mixtral import ensure_random_mixtral
 from tests.cluster.real_configs import LLAMA_3_8B, MIXTRAL_8X7B, MIXTRAL_8X22B, QWEN3_30B_A3B
 from tests.tiny_models import make_llama, make_mixtral_8x22b, make_qwen_moe
 
@@ -99,7 +99,7 @@ def test_published_models_have_their_published_size(config: dict[str, Any], para
 
 
 @pytest.mark.parametrize(
-    "make", [ensure_tiny_mixtral, make_llama, make_qwen_moe, make_mixtral_8x22b], ids=lambda make: make.__name__
+    "make", [ensure_random_mixtral, make_llama, make_qwen_moe, make_mixtral_8x22b], ids=lambda make: make.__name__
 )
 def test_models_on_disk_hold_what_their_config_says(make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path)

@@ -20,7 +20,7 @@ FLEET = "vllm"
 
 @pytest.fixture(scope="session")
 def tiny_model() -> ModelFiles:
-    return fetch_model(ModelSettings(source="tiny"))
+    return fetch_model(ModelSettings(source="random"))
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def vllm_fleet(_ray_session: None, tiny_model: ModelFiles) -> Iterator[Any]:
         num_threads=1,
     )
     pool = PoolPlan("vllm", 1, engine, env=engine.environment())
-    model = ModelSettings(source="tiny", dtype="float32", max_model_len=512)
+    model = ModelSettings(source="random", dtype="float32", max_model_len=512)
     warm = WarmFleet(FLEET, model, tiny_model.digest, tiny_model.moe, (pool,), time.time())
     yield raise_fleet(warm, start_timeout_s=300)
     take_down(FLEET)

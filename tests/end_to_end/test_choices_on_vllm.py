@@ -13,7 +13,7 @@ from pipeline.choices import ChoiceTree, Ids, distribution
 from pipeline.engine import Completion, MoeShape, Request
 from pipeline.model import cache_directory
 from pipeline.settings import SamplingSettings
-from pipeline.tiny_mixtral import ensure_tiny_mixtral
+from pipeline.tiny_mixtral import ensure_random_mixtral
 from pipeline.vllm_engine import VllmEngineConfig
 
 END = 2
@@ -22,7 +22,7 @@ Completions = tuple[list[Request], dict[str, Completion]]
 
 @pytest.fixture(scope="module")
 def model_path() -> str:
-    return str(ensure_tiny_mixtral(cache_directory()))
+    return str(ensure_random_mixtral(cache_directory()))
 
 
 @pytest.fixture(scope="module", params=[50, pytest.param(200, marks=pytest.mark.long)])

@@ -35,7 +35,7 @@ def label_job(rows: Path, output: Path, **label: Any) -> PreparedJob:
     spec = {
         "name": "labels",
         "kind": "label",
-        "model": {"source": "tiny", "dtype": "float32", "max_model_len": 512},
+        "model": {"source": "random", "dtype": "float32", "max_model_len": 512},
         "input": {"path": str(rows)},
         "label": {"text": "text", "choices": CHOICES, **label},
         "output": {"path": str(output)},

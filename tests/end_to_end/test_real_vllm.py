@@ -101,7 +101,7 @@ def test_every_routed_token_is_counted_once_and_totals_are_the_sum_over_rows(gre
     experts = pq.read_table(greedy_run / "out" / "routing" / "experts.parquet")
     assert sum(experts["selections"].to_pylist()) == total
     summary = json.loads((greedy_run / "out" / "summary.json").read_text())
-    assert summary["model"] | {"layers": 4, "experts": 8, "top_k": 2, "source": "tiny"} == summary["model"]
+    assert summary["model"] | {"layers": 4, "experts": 8, "top_k": 2, "source": "random"} == summary["model"]
     assert Path(summary["model"]["path"], "config.json").is_file()
 
 

@@ -65,7 +65,7 @@ def synthesis_text(
     spec = {
         "name": "synthesis",
         "kind": "synthesize",
-        "model": {"source": "tiny", "dtype": "float32", "max_model_len": 2048},
+        "model": {"source": "random", "dtype": "float32", "max_model_len": 2048},
         "input": {"path": str(rows)},
         "prompt": {"template": template},
         "sampling": {"temperature": 1.0, "seed": 5, "max_tokens": 64, "json_schema": NESTED, **(sampling or {})},

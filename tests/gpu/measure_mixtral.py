@@ -26,14 +26,14 @@ from cluster.roofline import Engine, decode_step
 from pipeline.engine import MoeShape, Request
 from pipeline.model import cache_directory, moe_shape
 from pipeline.settings import SamplingSettings
-from pipeline.tiny_mixtral import ensure_tiny_mixtral
+from pipeline.tiny_mixtral import ensure_random_mixtral
 from pipeline.vllm_engine import VllmEngine, VllmEngineConfig
 from tests.cluster.real_configs import MIXTRAL_8X7B
 
 
 def write_model(folder: Path, *, layers: int, hidden: int) -> dict[str, Any]:
     """A model directory without weights: Mixtral's config, its real tokenizer; returns the config."""
-    tiny = ensure_tiny_mixtral(cache_directory())
+    tiny = ensure_random_mixtral(cache_directory())
     for file in tiny.iterdir():
         if file.suffix != ".safetensors" and file.name not in ("config.json", "model.safetensors.index.json"):
             shutil.copy(file, folder / file.name)
