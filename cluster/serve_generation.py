@@ -48,7 +48,11 @@ class Generation:
         self._fleet = fleet
         self._settings = settings
         self._dispatcher = Dispatcher(
-            fleet, max_attempts=MAX_ATTEMPTS, hang_timeout_s=HANG_TIMEOUT_S, on_outcome=lambda *_: None
+            fleet,
+            max_attempts=MAX_ATTEMPTS,
+            hang_timeout_s=HANG_TIMEOUT_S,
+            on_outcome=lambda *_: None,
+            begins_at_once=True,
         )
         self._num_unfinished = 0
         self._idle = asyncio.Event()

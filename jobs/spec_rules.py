@@ -168,12 +168,8 @@ def _check_sampling(sections: Sections) -> Iterator[Problem]:
 def _check_model(model: ModelSettings | None) -> Iterator[Problem]:
     if model is None or model.revision is None:
         return
-    is_hub_id = (
-        model.source not in ("tiny", "random")
-        and "://" not in model.source
-        and not model.source.startswith(("/", ".", "~"))
-    )
-    if not is_hub_id:
+    comes_along = model.source in ("tiny", "random")
+    if comes_along or "://" in model.source or model.source.startswith(("/", ".", "~")):
         message = f"`model.revision` is {model.revision}, but `{model.source}` has no revisions"
         yield Problem(("model", "revision"), message, hint="leave it out; only a Hugging Face id has revisions")
 

@@ -53,11 +53,12 @@ class SpeedMeter:
         return self._rows / self._seconds if self._rows and self._seconds else None
 
 
-def choose_recall(loads: Mapping[str, Load]) -> Recall | None:
+def choose_recall(loads: Mapping[str, Load], *, at_once: bool = False) -> Recall | None:
     """Return what to call back, when nothing else waits for a replica; None when nobody would be done sooner.
 
     The replica that will be done last gives to the one that will be done first, so many that both are done together:
     with n rows at r rows a second each, x = (n1 r2 - n2 r1) / (r1 + r2), and never more than the receiver can run.
+    With `at_once`, as many as the receiver can run, were it slow: somebody waits for the first word of each.
     """
     known = [load.rate for load in loads.values() if load.rate]
     usual = sum(known) / len(known) if known else 1.0
@@ -70,5 +71,6 @@ def choose_recall(loads: Mapping[str, Load]) -> Recall | None:
     giver = max(full, key=lambda name: loads[name].in_flight / rates[name])
     here, there = loads[giver], loads[receiver]
     even = (here.in_flight * rates[receiver] - there.in_flight * rates[giver]) / (rates[giver] + rates[receiver])
-    count = min(int(even), here.num_recallable, there.num_sequences - there.in_flight)
+    count = min(here.num_recallable, there.num_sequences - there.in_flight)
+    count = count if at_once else min(int(even), count)
     return Recall(giver, count) if giver != receiver and count > 0 else None

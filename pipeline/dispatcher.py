@@ -7,6 +7,7 @@ where, the fleet says who is alive. It knows rows as (shard token, position) and
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import math
 import time
@@ -116,11 +117,19 @@ class Dispatcher:
     """
 
     def __init__(
-        self, fleet: Any, *, max_attempts: int, hang_timeout_s: float, on_outcome: Callable[[Request, Outcome], None]
+        self,
+        fleet: Any,
+        *,
+        max_attempts: int,
+        hang_timeout_s: float,
+        on_outcome: Callable[[Request, Outcome], None],
+        begins_at_once: bool = False,
     ) -> None:
+        """With `begins_at_once` no request waits at one replica while another could begin it: for people who wait."""
         self._fleet = fleet
         self._hang_timeout_s = hang_timeout_s
         self._on_outcome = on_outcome
+        self._begins_at_once = begins_at_once
         self._board: DispatchBoard[Key] = DispatchBoard(max_attempts=max_attempts)
         self._shards: dict[int, _Shard] = {}
         self._twins: Twins[Key, Outcome] = Twins()
@@ -241,7 +250,7 @@ class Dispatcher:
                 live.sent.discard(request_id)
                 self._board.finished(name, self._sent.pop(request_id))
             if mine:
-                live.member.handle.abort.remote(mine)
+                self._spawn(_abort(live.member, mine))
         self._forget([(token, position) for position in range(len(shard.requests))])
         self._send_all()
 
@@ -263,7 +272,9 @@ class Dispatcher:
             self._spawn(self._watch_fleet())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+        # In a context of its own: when Ray cancels a call of an actor (an endpoint's, whose client hung up), it cancels
+        # what was called in that call's context too. Our word to replicas was then lost, and a request ran on for ever.
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
 
@@ -448,7 +459,7 @@ class Dispatcher:
             return
         self._balanced_at = now
         loads = {name: live.load(now) for name, live in self._members.items() if self._board.takes_work(name)}
-        recall = choose_recall(loads)
+        recall = choose_recall(loads, at_once=self._begins_at_once)
         if recall is not None:
             live = self._members[recall.replica]
             live.recalled_at = now
@@ -468,6 +479,10 @@ class Dispatcher:
             self._on_outcome(request, outcome)
         if shard.missing == 0:
             shard.done.set()
+
+
+async def _abort(member: Member, request_ids: list[str]) -> None:
+    member.handle.abort.remote(request_ids)
 
 
 async def _result(call: Any) -> Any:

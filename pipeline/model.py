@@ -238,8 +238,8 @@ def _download(url: str, *, weights: bool) -> Path:
 def _from_hub(source: str, revision: str | None, *, weights: bool) -> ModelFiles:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise SpecError(
-            f"model.source {source!r} is no directory on this machine; give `tiny`, `random`, a directory, an s3:// (gs://, "
-            "abfs://) URL or a Hugging Face id such as mistralai/Mixtral-8x7B-Instruct-v0.1"
+            f"model.source {source!r} is no directory on this machine; give `tiny`, `random`, a directory, an s3:// "
+            "(gs://, abfs://) URL or a Hugging Face id such as mistralai/Mixtral-8x7B-Instruct-v0.1"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -28,7 +28,8 @@ class ModelSettings(Settings):
     """Which model, and how the engine loads it."""
 
     source: str
-    """`tiny` (comes with the program), `random` (its shape, random weights), a local path, an fsspec URL, or a Hugging Face id."""
+    """`tiny` (comes with the program), `random` (as it is, but with random weights), a local path, an fsspec URL, or a
+    Hugging Face id."""
     revision: str | None = None
     """Commit of a Hugging Face repository. Pin it: a moving branch changes results."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"

@@ -1,8 +1,8 @@
 """Puts the two embedded models together: real Mixtrals (4 layers, 8 experts, top 2), tiny, with Mixtral's tokenizer.
 
 `tiny` is trained (its card: pipeline/tiny/README.md) and answers a few kinds of question right. `random` has random
-weights, made in seconds: its text is noise and never stops by itself. Neither needs a network; tokens, routing and every
-code path are those of the big one. The tokenizer is mistral_common's, so that it need not be shipped twice.
+weights, made in seconds: its text is noise and never stops by itself. Neither needs a network; tokens, routing and
+every code path are those of the big one. The tokenizer is mistral_common's, so that it need not be shipped twice.
 """
 
 from __future__ import annotations

@@ -55,6 +55,10 @@ class Served:
         """The fleet's replicas."""
         return dict(ray.get(self.fleet.watch.remote(-1, 0.0)).members)
 
+    def loads(self) -> dict[str, Any]:
+        """What each replica has."""
+        return {name: ray.get(member.handle.num_unfinished.remote()) for name, member in self.members().items()}
+
     def num_unfinished(self) -> int:
         """Requests that replicas still have."""
         return sum(ray.get([member.handle.num_unfinished.remote() for member in self.members().values()]))

@@ -163,7 +163,10 @@ NEWCOMERS_MISTAKES = {
     "input path matches nothing": (["plan", "job.yaml", "--set", "input.path=no/*.parquet"], "'no/*.parquet' matches"),
     "column misspelt": (["plan", "job.yaml", "--set", 'prompt.template="{{ txt }}"'], "did you mean 'text'?"),
     "column unlike any": (["run", "job.yaml", "--set", "input.id=number"], "its columns are: id, text"),
-    "model is no directory": (["plan", "job.yaml", "--set", "model.source=./nowhere"], "give `tiny`, a directory"),
+    "model is no directory": (
+        ["plan", "job.yaml", "--set", "model.source=./nowhere"],
+        "give `tiny`, `random`, a directory",
+    ),
     "nothing to preview": (["preview", "job.yaml", "--set", "input.limit=0"], "has no rows"),
     "nothing to retry": (["retry", "job.yaml"], "holds no run, so there is nothing to retry; use `tramontane run`"),
     "unknown status": (["retry", "job.yaml", "--status", "bad"], "use one of ok, truncated, invalid, failed"),

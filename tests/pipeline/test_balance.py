@@ -38,6 +38,12 @@ def test_nothing_moves_that_would_not_be_done_sooner(loads: dict[str, Load]) -> 
     assert choose_recall(loads) is None
 
 
+def test_for_people_who_wait_a_free_sequence_takes_what_waits_elsewhere_however_slow_it_is() -> None:
+    loads = {"fast": Load(14, 8, 6, 10.0), "slow": Load(7, 8, 0, 1.0)}
+    assert choose_recall(loads) is None
+    assert choose_recall(loads, at_once=True) == Recall("fast", 1)
+
+
 @given(
     loads=st.dictionaries(
         st.sampled_from("abcde"),

@@ -162,7 +162,9 @@ def test_a_model_without_chat_template_is_refused_with_the_cure(tmp_path: Path) 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "a/b/c", "mixtral"])
 def test_a_source_that_does_not_exist_is_a_spec_error_naming_the_choices(source: str) -> None:
-    with pytest.raises(SpecError, match="is no directory on this machine; give `tiny`, a directory") as caught:
+    with pytest.raises(
+        SpecError, match="is no directory on this machine; give `tiny`, `random`, a directory"
+    ) as caught:
         fetch_model(ModelSettings(source=source))
     assert source in str(caught.value)
 

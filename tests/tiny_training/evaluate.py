@@ -40,6 +40,7 @@ from tests.whole_runs import make_job, read_output
 
 MAX_MODEL_LEN = 4096
 MAX_TOKENS = 64
+NO_WILDCARDS = str.maketrans("[] ", "---")
 # Mixtral's template, `<s> [INST] question [/INST]`, spoilt as people spoil it: what begins a chat, and a user's turn.
 # None is recognised as Mixtral's own, so the pipeline uses each as it is.
 WRONG_TEMPLATES = {
@@ -61,7 +62,7 @@ class Measuring:
         self, name: str, rows: Sequence[dict[str, Any]], *, model: Path | None = None, **prompt: Any
     ) -> list[Answered]:
         """Answer the rows greedily; `model` is where the template comes from, `prompt` more of the spec's section."""
-        questions = self.folder / f"{name}.parquet"
+        questions = self.folder / f"{name.translate(NO_WILDCARDS)}.parquet"
         pq.write_table(pa.Table.from_pylist(list(rows)), questions)
         job = make_job(
             questions,
@@ -82,11 +83,11 @@ class Measuring:
 
     def output(self, name: str) -> Path:
         """Where a run's results are."""
-        return self.folder / f"{name}-out"
+        return self.folder / f"{name.translate(NO_WILDCARDS)}-out"
 
     def with_wrong_template(self, name: str) -> Path:
         """Return a copy of the model with a spoilt chat template."""
-        target = self.folder / f"model {name}"
+        target = self.folder / f"model {name.translate(NO_WILDCARDS)}"
         shutil.copytree(self.model, target)
         begin, turn = WRONG_TEMPLATES[name]
         template = (
