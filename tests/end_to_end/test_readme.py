@@ -54,7 +54,6 @@ MASKS = [
     (r" *\d+\.\d%", " SHARE"),
     (r" +[01]\.\d{3}\b", " DISTANCE"),
     (r"(?<![\w.])(/[\w.-]+)+/(?=\w+\.parquet)", ".../"),
-    (r"^(demo-\d+ +\w+ +\d+ +\d+) .*", r"\1 NOISE"),
     (r"^(truncated \(\d+ tokens\):) .*", r"\1 NOISE"),
     (r"[\d,]+(?= bytes)", "SIZE"),  # a Parquet file's depends on pyarrow's version
 ]
