@@ -292,7 +292,7 @@ def test_overload_is_503_before_a_stream_begins_and_who_hangs_up_leaves_nothing(
 
 @pytest.mark.long
 def test_crowds_that_hang_up_again_and_again_leave_nothing(endpoint: Served) -> None:
-    """Ray cancels what was called in a cancelled call's context: one in eight crowds left a request that ran for ever."""
+    """Ray cancels what a cancelled call called: one crowd in eight left a request that ran for ever."""
     assert endpoint.keys is not None
     for _ in range(30):
         crowd = Crowd(endpoint, add_key(endpoint.keys, f"user-{random.getrandbits(40)}"))
