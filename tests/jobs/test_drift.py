@@ -85,7 +85,7 @@ def test_an_output_has_no_drift_to_itself_and_a_spec_stands_for_its_output(tmp_p
     output = finish(tmp_path / "out", job, seed=1)
     (tmp_path / "job.yaml").write_text(spec_text("in.parquet", output))
     report = read_drift(str(tmp_path / "job.yaml"), output)
-    assert report["a"] == report["b"] == {"output": output, "run_id": "run1", "model": "tiny", "rows": 4}
+    assert report["a"] == report["b"] == {"output": output, "run_id": "run1", "model": "random", "rows": 4}
     assert {row["distance"] for row in report["drift"]} == {0.0}
 
 
@@ -95,7 +95,7 @@ def test_people_see_every_layer_and_the_slices_that_differ_most(tmp_path: Path, 
         finish(tmp_path / "a", job, seed=1, slices=(*names, "mine")), finish(tmp_path / "b", job, seed=2, slices=names)
     )
     lines = drift_lines(report)
-    assert lines[0] == f"a  {tmp_path / 'a'}: {len(names) + 1} rows, model tiny, run run1"
+    assert lines[0] == f"a  {tmp_path / 'a'}: {len(names) + 1} rows, model random, run run1"
     first = [report["drift"][layer] for layer in range(4)]
     for line, row in zip(lines[5:9], first, strict=True):
         words = line.split()

@@ -125,7 +125,7 @@ def test_answers_are_those_of_the_run(exported: Path) -> None:
         assert completion.usage is not None
         assert completion.usage.prompt_tokens == mine[0]["num_input_tokens"]
         assert completion.usage.completion_tokens == sum(row["num_generated_tokens"] for row in mine)
-        assert completion.model == "tiny"
+        assert completion.model == "random"
     assert len(lines["sampled"].choices) == 3  # type: ignore[union-attr]
     assert max(row["num_generated_tokens"] for row in rows if row["custom_id"] == "sampled") <= 4
     assert [row["num_generated_tokens"] for row in rows if row["custom_id"] == "raw"] == [1]
