@@ -24,7 +24,7 @@ from tests.extra_nodes import extra_nodes
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import TINY_MOE, check_whole, spec_text, token_of, write_prompts
 
-MODEL = ModelSettings(source="tiny", dtype="float32", max_model_len=512)
+MODEL = ModelSettings(source="random", dtype="float32", max_model_len=512)
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_what_would_give_other_results_is_refused(warm: Any) -> None:
     for changes, other_digest, words in [
         ({"dtype": "bfloat16"}, digest, "model.dtype: the fleet has float32, the job bfloat16"),
         ({"max_model_len": 1024}, digest, "model.max_model_len: the fleet has 512, the job 1024"),
-        ({}, "other", "model.source: the fleet has 'tiny' .other files., the job 'tiny'"),
+        ({}, "other", "model.source: the fleet has 'random' .other files., the job 'random'"),
         ({"engine_args": {"block_size": 32}}, digest, "model.engine_args"),
     ]:
         with pytest.raises(SpecError, match=words):
