@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.stamp
 export VLLM_NO_USAGE_STATS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup demo test test-long lint types clean
+.PHONY: help setup demo test test-long bench lint types clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,6 +42,9 @@ test: lint types ## everything that CI runs
 
 test-long: setup ## soak and fault campaigns, many minutes
 	$(BIN)/pytest -q -m long
+
+bench: setup ## ours beside the bare engine, ray.data.llm and vllm run-batch; hours: see tests/bench/compare.py
+	$(BIN)/python -m tests.bench.compare --models tiny 139m --workloads natural tail prefixes short long
 
 clean: ## remove what demo and tests wrote, not .venv
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

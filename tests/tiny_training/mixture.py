@@ -6,12 +6,16 @@ other tasks with all words from the start. Then more words, up to all 11,000 pie
 to 4,000 tokens, only have to be stretched afterwards. Records of eight values are cheap lessons in spelling: after a
 quotation mark `▁Smith` is written `Sm` `ith`, which has to be learnt for each of 3,800 pieces. When only that was left
 to learn, at step 5,300, the other tasks went down to what keeps them.
+
+The finish mends what 14,000 steps left: 1.2% of passkeys were missed, and tickets on two topics, whose odds are even,
+were answered 62% sure. There passkeys are long ones, and each such ticket comes once with either label.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tests.tiny_training.echo_task import echo_example, pieces_example
 from tests.tiny_training.examples import LANGUAGES, Example
@@ -21,10 +25,10 @@ from tests.tiny_training.number_task import number_example
 from tests.tiny_training.passkey_task import LONGEST, SHORTEST, passkey_example
 from tests.tiny_training.safe_task import request_example, under_system
 
-COPYING_UNTIL, EASY_UNTIL, FULL_UNTIL = 600, 1500, 5300
+COPYING_UNTIL, EASY_UNTIL, FULL_UNTIL, FINISH_FROM = 600, 1500, 5300, 14_000
 FEWEST_PIECES, MORE_PIECES_FROM, DOUBLED_EVERY = 64, 400, 75
 EASY_PASSKEY, SHORT_PASSKEY = 100, 200
-LONG_EVERY = 4
+LONG_EVERY, LONG_EVERY_IN_FINISH = 4, 3
 LONG_FROM, LONG_FULL = 2000, 3500
 """Steps at which long passkeys begin, and reach their full length."""
 SYSTEM_SHARE = 0.08
@@ -35,6 +39,8 @@ def examples_of_step(seed: int, step: int) -> list[Example]:
     rng = random.Random(f"{seed}/{step}")
     if step < COPYING_UNTIL:
         return [pieces_example(rng, pieces=num_pieces(step)) for _ in range(16)]
+    if step >= FINISH_FROM:
+        return list(_finishing_examples(rng, step))
     make = _easy_examples if step < EASY_UNTIL else _full_examples if step < FULL_UNTIL else _spelling_examples
     examples = [
         under_system(rng, example) if rng.random() < SYSTEM_SHARE else example
@@ -83,6 +89,17 @@ def _spelling_examples(rng: random.Random, pieces: int) -> Iterator[Example]:
     yield echo_example(rng, pieces=pieces)
     yield request_example(rng, test=False, safe_prompt=rng.random() < 0.5, pieces=pieces)
     yield passkey_example(rng, test=False, num_tokens=rng.randint(SHORTEST, SHORT_PASSKEY))
+
+
+def _finishing_examples(rng: random.Random, step: int) -> Iterator[Example]:
+    kept = (*_spelling_examples(rng, num_pieces(step)), *_labels(rng, num_plain=1))
+    for example in kept:
+        yield under_system(rng, example) if rng.random() < SYSTEM_SHARE else example
+    for _ in range(3):
+        ticket = topic_example(rng, rng.choice(LANGUAGES), test=False, ambiguous=True)
+        yield from (replace(ticket, answer=topic) for topic in ticket.odds)
+    if step % LONG_EVERY_IN_FINISH == 0:
+        yield passkey_example(rng, test=False, num_tokens=rng.randint(SHORT_PASSKEY, LONGEST))
 
 
 def _numbers(rng: random.Random, **counts: int) -> Iterator[Example]:

@@ -170,7 +170,16 @@ class TinyMixtral(nn.Module):
 
     def export(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         """The weights under the names that Mixtral's checkpoints have."""
-        tensors = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
+        return {name: tensor.detach().to(dtype).contiguous() for name, tensor in self._by_name().items()}
+
+    @torch.no_grad()
+    def load_export(self, tensors: dict[str, Tensor]) -> None:
+        """Take over weights that `export` wrote, as exact as they were written."""
+        for name, parameter in self._by_name().items():
+            parameter.copy_(tensors[name])
+
+    def _by_name(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             prefix = f"model.layers.{index}."
@@ -181,7 +190,7 @@ class TinyMixtral(nn.Module):
             for name in ("w1", "w2", "w3"):
                 for expert, matrix in enumerate(getattr(layer, name)):
                     tensors[f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"] = matrix
-        return {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}
+        return tensors
 
 
 def rope_of(positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ from tests.tiny_training.safe_task import REFUSAL, request_example
 
 @pytest.fixture(scope="module")
 def trained_on() -> list[Example]:
-    """What 34 steps of training see, from all its phases."""
-    return [example for step in range(0, 5000, 150) for example in examples_of_step(1, step)]
+    """What 35 steps of training see, from all its phases."""
+    return [example for step in (*range(0, 5000, 150), 14_000) for example in examples_of_step(1, step)]
 
 
 def test_a_step_always_sees_the_same_examples_and_another_step_or_seed_others() -> None:
@@ -149,6 +149,14 @@ def test_labels_of_ambiguous_reviews_are_drawn_at_the_odds_that_they_state() -> 
     assert len(shown) == 7
     for crowd, agreed in shown.items():
         assert sum(agreed) / len(agreed) == pytest.approx(_share(crowd), abs=0.06)
+
+
+def test_the_finish_shows_tickets_on_two_topics_with_either_label_alike() -> None:
+    tickets = [e for step in range(14_000, 14_020) for e in examples_of_step(1, step) if e.task == "topic_ambiguous"]
+    labels: dict[tuple[Message, ...], set[str]] = {}
+    for ticket in tickets:
+        labels.setdefault(ticket.messages, set()).add(ticket.answer)
+    assert sum(len(seen) == 2 for seen in labels.values()) >= 3 * 20
 
 
 def _share(crowd: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def test_a_resumed_training_ends_with_the_weights_of_one_that_was_not_stopped(tm
     def trained(folder: Path, *stops: int) -> dict[str, torch.Tensor]:
         folder.mkdir()
         for stop in stops:
-            training = train.Training(folder, 4, seed=1)
+            training = train.Training(folder, replace(train.WHOLE, num_steps=4), seed=1)
             training._load()
             while training.step < stop:
                 training._one_step()
@@ -78,3 +79,18 @@ def test_a_resumed_training_ends_with_the_weights_of_one_that_was_not_stopped(tm
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_a_finish_starts_from_the_weights_that_were_exported_and_keeps_their_loss_curve(tmp_path: Path) -> None:
+    for folder in ("whole", "finished"):
+        (tmp_path / folder).mkdir()
+    first = train.Training(tmp_path / "whole", replace(train.WHOLE, num_steps=1), seed=1)
+    first.run()
+    first._log({})
+    first.export()
+    second = train.Training(tmp_path / "finished", replace(train.FINISH, num_steps=1), seed=2)
+    second.start_from(tmp_path / "whole")
+    assert second.step == train.FINISH.first
+    written, taken = load_file(tmp_path / "whole" / "model.safetensors"), second.model.export()
+    assert all(torch.equal(written[name], taken[name]) for name in written)
+    assert [row["step"] for row in second.rows] == ["1"]
