@@ -65,11 +65,20 @@ def _has_rows_to_retry(ledger: Ledger, options: RunOptions) -> bool:
 
 
 @contextlib.contextmanager
-def reaching(store: Store) -> Iterator[None]:
-    """Raise what the storage answers within the block as errors that say what to do."""
+def reaching(store: Store, *, nothing_ran: bool = True) -> Iterator[None]:
+    """Raise what the storage answers within the block as errors that say what to do.
+
+    Raises:
+        SpecError: it may not be used, and `nothing_ran`: the spec can still be corrected.
+        InfrastructureError: it can't be reached, is full, or refuses what it took before.
+    """
     try:
         yield
-    except (PermissionError, NotADirectoryError) as error:
-        raise SpecError(f"output {store.root} can't be read: {error}; correct output.path") from error
     except OSError as error:
-        raise InfrastructureError(f"output {store.root} can't be reached: {error}; rerun the same command") from error
+        if nothing_ran and isinstance(error, PermissionError | NotADirectoryError):
+            raise SpecError(
+                f"output {store.root} can't be used: {error}; correct output.path or credentials"
+            ) from error
+        raise InfrastructureError(
+            f"output {store.root} can't be used now: {error}; what is committed is safe: rerun the same command"
+        ) from error

@@ -22,7 +22,7 @@ from cluster.warm import Attachment
 from jobs.execute import Engines, execute_work, ray_for
 from jobs.interrupts import Interrupts
 from jobs.label_report import report_labels
-from jobs.preflight import preflight
+from jobs.preflight import preflight, reaching
 from jobs.prepare import PreparedJob
 from jobs.summary import SUMMARY, Execution, build_summary, read_summary, write_summary
 from jobs.work import RunOptions, Work, find_work
@@ -36,6 +36,8 @@ from pipeline.templating import TemplateStage
 __all__ = ["RunOptions", "engines_of", "run_job"]
 
 SPEC = "_run/spec.json"
+CAUSE_CHARS = 4000
+"""Of an error's cause, which may be a worker's traceback, the end is kept in `_run/events`."""
 
 
 def engines_of(
@@ -105,8 +107,9 @@ def _execute(
     say: Callable[[str], None],
     means: _Means,
 ) -> dict[str, Any]:
-    job = job.with_plan(ledger.open_run(job.plan, job.fingerprint, resume=job.spec.output.resume).plan)
-    work, before = find_work(ledger, job, options)
+    with reaching(ledger.store):
+        job = job.with_plan(ledger.open_run(job.plan, job.fingerprint, resume=job.spec.output.resume).plan)
+        work, before = find_work(ledger, job, options)
     say(opening_line(execution.run_id, job, before, work, ledger.store))
     status, exit_code = "done", 0
     if work.shards or work.rows:
@@ -118,7 +121,12 @@ def _execute(
     elif (finished := _already_finished(ledger.store, job, before)) is not None:
         return finished
     execution.timings["total_s"] = time.monotonic() - execution.began
-    return _finish(job, ledger, lease, execution, status=status, exit_code=exit_code)
+    try:
+        with reaching(ledger.store, nothing_ran=False):
+            return _finish(job, ledger, lease, execution, status=status, exit_code=exit_code)
+    except RunError as error:
+        _record_failure(ledger, execution, error)
+        raise
 
 
 def _work(
@@ -133,10 +141,13 @@ def _work(
 ) -> tuple[str, int]:
     """From the first change to what an earlier execution left, to the last commit."""
     store = ledger.store
-    if not options.only_failed:
-        store.put(SPEC, job.spec.model_dump_json(indent=1).encode())
-    store.delete(SUMMARY)  # written last, so while there is work there is none
-    ledger.record_event("started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_single_rows)
+    with reaching(store):
+        if not options.only_failed:
+            store.put(SPEC, job.spec.model_dump_json(indent=1).encode())
+        store.delete(SUMMARY)  # written last, so while there is work there is none
+        ledger.record_event(
+            "started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_single_rows
+        )
     engines, interrupts, quiet = means.engines, means.interrupts, options.quiet
     try:
         return execute_work(job, work, store, execution, before.totals, engines, interrupts, lease=lease, quiet=quiet)
@@ -159,9 +170,11 @@ def _already_finished(store: Store, job: PreparedJob, totals: RunCounters) -> di
 
 
 def _record_failure(ledger: Ledger, execution: Execution, error: RunError) -> None:
+    cause = error.__cause__
+    ended = {"status": "failed", "exit_code": error.exit_code, "message": error.message[:1000]}
     with contextlib.suppress(OSError, InfrastructureError):  # if the storage is what failed, its error is on its way
         ledger.record_event(
-            "ended", run_id=execution.run_id, status="failed", exit_code=error.exit_code, message=error.message[:1000]
+            "ended", run_id=execution.run_id, **ended, cause=None if cause is None else str(cause)[-CAUSE_CHARS:]
         )
 
 

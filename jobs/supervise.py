@@ -243,16 +243,19 @@ class Supervisor:
 
     @staticmethod
     def _as_run_error(error: BaseException) -> RunError:
-        """Find what this program raised inside the layers that Ray wraps around it."""
-        cause: BaseException | None = error
+        """Find what was raised inside the layers that Ray wraps around it."""
+        import ray
+
+        innermost, cause = error, getattr(error, "cause", None) or error.__cause__ or error.__context__
         for _ in range(20):
+            if isinstance(innermost, RunError):
+                return innermost
             if cause is None:
                 break
-            if isinstance(cause, RunError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
+            innermost, cause = cause, getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
         logger.debug("the flow failed", exc_info=error)
-        first_line = next((line for line in str(error).splitlines() if line.strip()), "")
-        return InfrastructureError(
-            f"{type(error).__name__}: {first_line[:500]}; what is committed is safe: rerun the same command"
-        )
+        first_line = next((line for line in str(innermost).splitlines() if line.strip()), "")
+        cure = "rerun the same command"
+        if not isinstance(innermost, OSError | ray.exceptions.RayError):  # a mistake of ours, which a rerun repeats
+            cure = "report this, with the last line of _run/events; a rerun may well end like this one"
+        return InfrastructureError(f"{type(innermost).__name__}: {first_line[:500]}; what is committed is safe: {cure}")

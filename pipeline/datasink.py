@@ -16,7 +16,7 @@ from ray.data.block import Block, BlockAccessor
 from ray.data.datasource.datasink import Datasink
 
 from pipeline.counters import RunCounters
-from pipeline.errors import InfrastructureError
+from pipeline.errors import RETRYABLE_KINDS, InfrastructureError
 from pipeline.generate import detach_counters
 from pipeline.lease import current_owner
 from pipeline.parts import PartFooter, commit_part, encode_part, read_footer, read_part
@@ -65,9 +65,9 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
 
     def _commit(self, table: pa.Table) -> None:
         rows, shard, blob = detach_counters(table)
-        num_rows = RunCounters.from_json_bytes(blob).totals.num_rows
-        name = _plan(self._plan_ref).shard(shard).part_name
         counters = RunCounters.from_json_bytes(blob)
+        num_rows = counters.totals.num_rows
+        name = _plan(self._plan_ref).shard(shard).part_name
         extra = {"fingerprint": self._fingerprint}
         if self._retried_statuses is None:
             self._replace(name, rows, counters, extra)
@@ -75,13 +75,15 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
             footer = read_footer(self._store, name)
             # Ray runs a task again whose process died between its commit and its report.
             if footer.extra.get(OVERLAID_BY) != self._id:
-                rows, counters = overlay(self._store, footer, rows, counters, self._retried_statuses)
-                self._replace(name, rows, counters, extra | {OVERLAID_BY: self._id})
+                laid_over = overlay(self._store, footer, rows, counters, self._retried_statuses)
+                if laid_over is not None:
+                    self._replace(name, *laid_over, extra | {OVERLAID_BY: self._id})
         self._monitor.note_commit.remote(shard, num_rows)
 
     def _replace(self, part_name: str, rows: pa.Table, counters: RunCounters, extra: dict[str, str]) -> None:
-        self._check_ownership()
-        commit_part(self._store, part_name, encode_part(rows, counters.to_json_bytes(), extra))
+        data = encode_part(rows, counters.to_json_bytes(), extra)
+        self._check_ownership()  # last of all: encoding takes seconds, in which somebody may take over
+        commit_part(self._store, part_name, data)
 
     def _check_ownership(self) -> None:
         """Refuse to commit for a driver that was taken for dead: its parts may be older than those of its successor."""
@@ -96,8 +98,12 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
 
 def overlay(
     store: Store, footer: PartFooter, rows: pa.Table, counters: RunCounters, retried_statuses: Sequence[str]
-) -> tuple[pa.Table, RunCounters]:
+) -> tuple[pa.Table, RunCounters] | None:
     """Put rows that were done again in the place of their old versions, in row and sample order.
+
+    None when the part must stay as it is: a row that had an answer, if only a truncated one, has now failed for a
+    reason that may pass, such as the loss of a node. To keep that answer alone won't do, since routing by layer is
+    in the footer by status, not by row; so the whole part is left for the next retry.
 
     `footer` must have been read before: should another attempt at the same task commit in between, the rows to keep
     are the same ones, and an old footer still fits them where a new one would not.
@@ -108,12 +114,27 @@ def overlay(
     import pyarrow.compute as pc
 
     old = read_part(store, footer.part_name)
+    if loses_answers(old, rows):
+        return None
     again = pc.is_in(old.column("input_row"), value_set=rows.column("input_row").combine_chunks())
     kept = old.filter(pc.invert(again))
     merged = pa.concat_tables([kept.cast(rows.schema), rows]).unify_dictionaries()
     merged = merged.sort_by([("input_row", "ascending"), ("sample_index", "ascending")])
     before = RunCounters.from_json_bytes(footer.counters)
     return merged, kept_counters(before, kept, retried_statuses=retried_statuses).merge(counters)
+
+
+def loses_answers(old: pa.Table, rows: pa.Table) -> bool:
+    """Whether a row of `rows` failed for a reason that may pass, of which `old` has a sample that isn't failed."""
+    import pyarrow.compute as pc
+
+    kinds = pa.array(sorted(RETRYABLE_KINDS), pa.string())
+    failed = pc.is_in(pc.struct_field(rows["error"], "kind").cast(pa.string()), value_set=kinds)
+    again = rows.filter(failed)["input_row"].combine_chunks()
+    had_answer = pc.and_(
+        pc.is_in(old["input_row"], value_set=again), pc.not_equal(old["status"].cast(pa.string()), "failed")
+    )
+    return bool(pc.any(had_answer).as_py())
 
 
 @lru_cache(maxsize=4)

@@ -32,13 +32,14 @@ import pyarrow as pa
 
 from pipeline.errors import SpecError
 from pipeline.listing import open_file
-from pipeline.user_schema import merge_guesses
+from pipeline.user_schema import WIDE_INTEGERS, merge_guesses
 
 MAX_LINE_BYTES = 8 << 20
 MAX_COLUMNS = 1000
 _BOM = b"\xef\xbb\xbf"
 _LONE_SURROGATE_HINT = re.compile(r"\\u[dD][89a-fA-F]")
 _INT64 = range(-(2**63), 2**63)
+_EXACT_IN_DOUBLE = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ def scan(path: str, *, visit: Callable[[dict[str, Any] | None], None] | None = N
         SpecError: the lines have more than 1000 different keys.
     """
     types: dict[str, pa.DataType] = {}
+    wide: set[str] = set()
     marks = Marks()
     num_rows = 0
     with open_file(path, streaming=True) as file:
@@ -131,12 +133,15 @@ def scan(path: str, *, visit: Callable[[dict[str, Any] | None], None] | None = N
                 visit(record)
             for name, value in (record or {}).items():
                 types[name] = merge_guesses(types.get(name, pa.null()), _json_type(value))
+                if isinstance(value, int) and abs(value) > _EXACT_IN_DOUBLE:
+                    wide.add(name)
             if len(types) > MAX_COLUMNS:
                 raise SpecError(
                     f"{path} has more than {MAX_COLUMNS} different keys up to line {number}; a key is a column: "
                     "put values, not names, into the keys' place"
                 )
-    return Scan(num_rows, pa.schema(list(types.items())), marks)
+    fields = [pa.field(name, kind, metadata=WIDE_INTEGERS if name in wide else None) for name, kind in types.items()]
+    return Scan(num_rows, pa.schema(fields), marks)
 
 
 def read_lines(path: str, marks: Marks, start: int, stop: int) -> Iterator[Line]:

@@ -141,8 +141,8 @@ class Lease:
         while not self._stop.wait(self.owner.ttl_s / _BEATS_PER_TTL):
             try:
                 self._renew()
-            except (OSError, InfrastructureError) as error:
-                _log.warning("lease of %s not renewed, will try again: %s", self._store.root, error)
+            except Exception as error:  # noqa: BLE001  a thread that ended would let the output look abandoned
+                _log.warning("lease of %s not renewed, will try again: %r", self._store.root, error)
             if self._lost is not None:
                 _log.error("%s", self._lost)
                 return

@@ -37,8 +37,9 @@ class FoundFile:
 def find_files(paths: str | Sequence[str]) -> list[FoundFile]:
     """Return the files that the patterns match, in the patterns' order, sorted by path within a pattern.
 
-    Directories are taken with everything below them. Names that start with `.` or `_` are skipped, unless given
-    explicitly: they are markers, checksums and temporary files (`_SUCCESS`, `.part.crc`, `_run/`).
+    Directories are taken with everything below them, links to directories followed, each directory once. Names that
+    start with `.` or `_` are skipped, unless given explicitly: they are markers, checksums and temporary files
+    (`_SUCCESS`, `.part.crc`, `_run/`).
 
     Guarantees:
     - a file that several patterns match is listed once, where it came first.
@@ -128,7 +129,22 @@ def _match_local(location: str) -> list[FoundFile]:
     if not os.path.exists(absolute):  # a name that exists is meant literally, whatever brackets it holds
         hits = glob.glob(absolute, recursive=True)
         roots = [hit for hit in hits if not _is_hidden_below(absolute, hit)]
-    return [stat_file(path) for root in roots for path in _walk_local(root)]
+    return [_stat_listed(path) for root in roots for path in _walk_local(root)]
+
+
+def _stat_listed(path: str) -> FoundFile:
+    """`stat_file` of a file that a listing has named."""
+    try:
+        return stat_file(path)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise SpecError(
+                f"input file {path!r} is a link to {os.readlink(path)!r}, which doesn't exist; remove the link, or "
+                "restore what it stands for"
+            ) from error
+        raise InfrastructureError(
+            f"input file {path!r} vanished while it was listed; rerun the same command"
+        ) from error
 
 
 def _walk_local(root: str) -> Iterable[str]:
@@ -137,8 +153,14 @@ def _walk_local(root: str) -> Iterable[str]:
             raise SpecError(f"input path {root!r} is not a regular file; write the rows to a file first")
         return [root]
     files = []
-    for folder, subfolders, names in os.walk(root, onerror=_raise):
+    seen = {os.path.realpath(root)}
+    for folder, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
         subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        for name in tuple(subfolders):  # a link to a folder above would be walked for ever, one beside it twice
+            real = os.path.realpath(os.path.join(folder, name))
+            if real in seen:
+                subfolders.remove(name)
+            seen.add(real)
         files += [os.path.join(folder, name) for name in names if not _is_hidden(name)]
     return files
 

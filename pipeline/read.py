@@ -44,7 +44,9 @@ def read_shard(file: InputFile, shard: Shard, schema: pa.Schema, *, keep: Sequen
     for rows in read_range(file, shard.start, shard.stop, schema):
         within = used + np.cumsum(rows.num_bytes) <= MAX_SHARD_BYTES
         rows = rows.refuse(
-            ~within, f"lies beyond the first {MAX_SHARD_BYTES >> 30} GiB of its shard; split the file's big rows"
+            ~within,
+            f"lies beyond the first {MAX_SHARD_BYTES >> 30} GiB of its shard; split the file's big rows, or "
+            "rewrite it without dictionary encoding if it repeats a big text",
         )
         used += int(rows.num_bytes.sum())
         tables.append(rows.to_table(schema))

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import local_objects
+from pipeline.client_errors import speaking_python
 from pipeline.errors import InfrastructureError, SpecError
 
 if TYPE_CHECKING:
@@ -54,12 +55,18 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def filesystem(url: str) -> fsspec.AbstractFileSystem:
-    """Return the fsspec filesystem that serves `url`; endpoints and credentials come from the environment."""
+    """Return the fsspec filesystem that serves `url`; endpoints and credentials come from the environment.
+
+    Guarantees:
+    - whatever a client library raises, what comes out is an OSError: PermissionError for want of credentials, and
+      ConnectionError for a store that can't be reached.
+    """
     scheme, _ = split_url(url)
     import fsspec  # 80 ms, which `validate` has no use for
 
     # skip_instance_cache: a cached listing from before a commit would hide committed parts.
-    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+    client = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+    return client if scheme == "file" else speaking_python(client)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from pipeline.errors import SpecError
 from pipeline.rows import PREFIX
 
 _MAX_SHOWN = 20
+WIDE_INTEGERS = {b"tramontane.wide_integers": b"1"}
+"""Metadata of a guessed field that holds integers which a double would round: those beyond 2**53."""
 
 
 class HasSchema(Protocol):
@@ -50,7 +52,7 @@ def user_schema(
 
     A carried column that some file lacks is null there. Types that differ between Parquet files widen when no value is
     lost (int32 and int64, string and large_string, null and anything, struct fields by name). JSONL declares no types:
-    int and float widen to double, any other mix becomes a string (see `jsonl`).
+    int and float widen to double unless an int is beyond 2**53, any other mix becomes a string (see `jsonl`).
 
     Raises:
         SpecError: a required column is missing from a file, a carried one from all of them, or types don't unify. All
@@ -59,9 +61,10 @@ def user_schema(
     required = list(dict.fromkeys(required))
     everyone = [file for file in files if file.num_rows and len(file.schema)]
     # The first file of each schema speaks for the others like it.
-    distinct: dict[tuple[str, pa.Schema], HasSchema] = {}
+    distinct: dict[tuple[str, pa.Schema, tuple[str, ...]], HasSchema] = {}
     for file in everyone:
-        distinct.setdefault((file.format, file.schema), file)
+        wide = tuple(name for name in file.schema.names if _holds_wide(file.schema, name))  # `==` ignores metadata
+        distinct.setdefault((file.format, file.schema, wide), file)
     voters = list(distinct.values())
     present = {name for file in voters for name in file.schema.names}
     problems = (
@@ -74,7 +77,7 @@ def user_schema(
     fields: list[pa.Field] = []
     for name in wanted:
         try:
-            fields.append(pa.field(name, _column_type(name, voters)))
+            fields.append(pa.field(name, _usable(name, _column_type(name, voters))))
         except SpecError as error:
             problems.append(error.message)
     problems += [
@@ -126,6 +129,8 @@ def _column_type(name: str, voters: Sequence[HasSchema]) -> pa.DataType:
         return pa.string()
     guessed = [kind for file, kind in having if file.format == "jsonl"]
     merged = functools.reduce(merge_guesses, guessed, pa.null())
+    if pa.types.is_floating(merged) and any(_holds_wide(file.schema, name) for file in voters):
+        merged = pa.string()
     owner, result = having[0][0], pa.null()
     for file, kind in having:
         kind = merged if file.format == "jsonl" else kind
@@ -140,6 +145,22 @@ def _column_type(name: str, voters: Sequence[HasSchema]) -> pa.DataType:
     return result
 
 
+def _usable(name: str, kind: pa.DataType) -> pa.DataType:
+    """Return the type if a run can pick rows from a column of it, as it must when all is generated and paid for."""
+    try:
+        pa.schema([(name, kind)]).empty_table().take(pa.array([], pa.int64()))
+    except pa.ArrowNotImplementedError as error:
+        raise SpecError(
+            f"column {name!r} has type {kind}, from which rows can't be picked; cast it in the input, or leave it out "
+            "with `output.keep`"
+        ) from error
+    return kind
+
+
+def _holds_wide(schema: pa.Schema, name: str) -> bool:
+    return name in schema.names and schema.field(name).metadata == WIDE_INTEGERS
+
+
 def merge_guesses(left: pa.DataType, right: pa.DataType) -> pa.DataType:
     """Unify two types inferred from JSON: never fails, since text can hold everything."""
     if left == right or pa.types.is_null(right):
@@ -152,7 +173,7 @@ def merge_guesses(left: pa.DataType, right: pa.DataType) -> pa.DataType:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type with all nested fields nullable and without metadata, so that equal things compare equal."""
+    """Return the type with all nested fields nullable, without metadata and views, so that equal things are equal."""
     if pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind.fields])
     if pa.types.is_fixed_size_list(kind):
@@ -161,7 +182,10 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.large_list(plain_type(kind.value_type))
     if pa.types.is_list(kind):
         return pa.list_(plain_type(kind.value_type))
-    return kind
+    # Views are an optimisation of memory layout that Parquet doesn't know, and that rows can't be taken from.
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    return pa.large_binary() if pa.types.is_binary_view(kind) else kind
 
 
 def widen(left: pa.DataType, right: pa.DataType) -> pa.DataType | None:

@@ -30,11 +30,13 @@ PART = PLAN.shard(0).part_name
 
 
 def block(statuses: dict[int, str], *, seed: int = 0) -> pa.Table:
-    """What generation hands to the sink: these rows of the shard, with routing for those that are ok."""
+    """What generation hands to the sink: these rows of the shard, with routing for those that aren't failed."""
     counters, records = RunCounters(), []
     for row, status in statuses.items():
-        routing = routing_of(seed + row) if status == "ok" else None
-        facts = SampleFacts(status, 2, None, routing) if routing else SampleFacts(status, error_kind="engine_crash")
+        routing = routing_of(seed + row) if status != "failed" else None
+        facts = (
+            SampleFacts(status, error_kind="engine_crash") if routing is None else SampleFacts(status, 2, None, routing)
+        )
         counters.add_row([facts], num_input_tokens=1, num_cached_tokens=0, moe=MOE)
         records.append(record_of(row, facts))
     table = pa.Table.from_pylist(records, schema=output_schema([], routing_type(MOE, tokens=False)))
@@ -136,3 +138,12 @@ def test_a_whole_shard_written_twice_is_one_part(local: Store, new_sink: Any) ->
     first_pass(new_sink)
     assert local.read(part_path(PART)) == once
     assert statuses_in(local) == ["ok", "failed", "ok", "failed", "failed", "ok"]
+
+
+def test_an_answer_is_never_replaced_by_a_failure_that_may_pass(local: Store, new_sink: Any) -> None:
+    new_sink(None).write([block({row: "truncated" if row in (1, 3) else "ok" for row in range(NUM_ROWS)})], None)
+    before = local.read(part_path(PART))
+    new_sink(("truncated",)).write([block({1: "ok", 3: "failed"}, seed=9)], None)
+    assert local.read(part_path(PART)) == before
+    new_sink(("truncated",)).write([block({1: "ok", 3: "ok"}, seed=9)], None)
+    assert statuses_in(local) == ["ok"] * NUM_ROWS

@@ -177,6 +177,21 @@ def test_unreachable_object_store_is_no_spec_error(s3_server, monkeypatch):
         listing._filesystem_of_process.cache_clear()
 
 
+def test_links_to_directories_are_followed_each_directory_once(tree, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write(elsewhere / "linked.parquet", x=[1])
+    (tree / "link").symlink_to(elsewhere)
+    (tree / "again").symlink_to(elsewhere)
+    (tree / "deep" / "up").symlink_to(tree)
+    assert names(list_inputs(str(tree))) == ["a.pq", "linked.parquet", "b.parquet", "c.parquet"]
+
+
+def test_link_to_nowhere_is_named_instead_of_hiding_the_other_files(tree):
+    (tree / "z.parquet").symlink_to("/nowhere/z.parquet")
+    with pytest.raises(SpecError, match=r"z\.parquet' is a link to '/nowhere/z\.parquet', which doesn't exist"):
+        list_inputs(str(tree))
+
+
 # -- ids ------------------------------------------------------------------------------------------------------------
 
 

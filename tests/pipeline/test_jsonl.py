@@ -164,3 +164,12 @@ def test_jsonl_and_parquet_share_a_run(tmp_path):
     )
     table = read_all(tmp_path)
     assert (table["t"].to_pylist(), table["n"].to_pylist()) == (["a", "b"], [1, 2])
+
+
+@pytest.mark.parametrize("spread", ["one file", "two files"])
+def test_integers_that_a_double_would_round_stay_as_they_are_beside_a_fraction(tmp_path, spread):
+    wide, fraction = '{"id": 9007199254740993}\n', '{"id": 1.5}\n'
+    (tmp_path / "a.jsonl").write_text(wide if spread == "two files" else wide + fraction)
+    if spread == "two files":
+        (tmp_path / "b.jsonl").write_text(fraction)
+    assert read_all(tmp_path)["id"].to_pylist() == ["9007199254740993", "1.5"]

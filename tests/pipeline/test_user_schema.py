@@ -100,3 +100,22 @@ def test_files_without_rows_have_no_say():
 def test_jsonl_files_with_different_guesses_become_text():
     files = [having("a", pa.string(), kind_of_file="jsonl"), having("b", pa.int64(), kind_of_file="jsonl")]
     assert user_schema(files, required=["x"]).field("x").type == pa.string()
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [
+        (pa.string_view(), pa.large_string()),
+        (pa.binary_view(), pa.large_binary()),
+        (pa.list_(pa.string_view()), pa.list_(pa.large_string())),
+        (pa.struct([("a", pa.string_view())]), pa.struct([("a", pa.large_string())])),
+    ],
+)
+def test_views_are_read_as_plain_columns(kind, plain):
+    assert user_schema([having("a", kind)], required=["x"]).field("x").type == plain
+    assert pa.nulls(2, kind).cast(plain).null_count == 2
+
+
+def test_a_type_that_rows_cannot_be_picked_from_is_refused_before_anything_runs():
+    with pytest.raises(SpecError, match=r"column 'x' has type dense_union.*output\.keep"):
+        user_schema([having("a", pa.dense_union([pa.field("a", pa.int64())]))], required=[])

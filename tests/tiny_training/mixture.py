@@ -28,10 +28,11 @@ from tests.tiny_training.safe_task import request_example, under_system
 COPYING_UNTIL, EASY_UNTIL, FULL_UNTIL, FINISH_FROM = 600, 1500, 5300, 14_000
 FEWEST_PIECES, MORE_PIECES_FROM, DOUBLED_EVERY = 64, 400, 75
 EASY_PASSKEY, SHORT_PASSKEY = 100, 200
-LONG_EVERY, LONG_EVERY_IN_FINISH = 4, 3
+LONG_EVERY, LONG_EVERY_IN_FINISH = 4, 4
 LONG_FROM, LONG_FULL = 2000, 3500
 """Steps at which long passkeys begin, and reach their full length."""
 SYSTEM_SHARE = 0.08
+PAIRED_TICKETS = 8
 
 
 def examples_of_step(seed: int, step: int) -> list[Example]:
@@ -92,10 +93,10 @@ def _spelling_examples(rng: random.Random, pieces: int) -> Iterator[Example]:
 
 
 def _finishing_examples(rng: random.Random, step: int) -> Iterator[Example]:
-    kept = (*_spelling_examples(rng, num_pieces(step)), *_labels(rng, num_plain=1))
-    for example in kept:
+    kept = [*_spelling_examples(rng, num_pieces(step)), *_labels(rng, num_plain=1)]
+    for example in rng.sample(kept, len(kept) // 2):
         yield under_system(rng, example) if rng.random() < SYSTEM_SHARE else example
-    for _ in range(3):
+    for _ in range(PAIRED_TICKETS):
         ticket = topic_example(rng, rng.choice(LANGUAGES), test=False, ambiguous=True)
         yield from (replace(ticket, answer=topic) for topic in ticket.odds)
     if step % LONG_EVERY_IN_FINISH == 0:

@@ -283,9 +283,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument(
-        "--finish", type=Path, help="folder of a whole training to start from"
-    )
+    parser.add_argument("--finish", type=Path, help="folder of a whole training to start from")
     parser.add_argument("--steps", type=int, help=f"{WHOLE.num_steps} unless given; {FINISH.num_steps} of --finish")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=2)
