@@ -28,6 +28,9 @@ MICROBATCH = 32
 SMALL_MICROBATCH = 8
 MAX_SPARED = 3
 """Deaths in strangers' company after which a row counts as the killer all the same, or it might go on for ever."""
+MAX_MOVED = 10
+"""Losses of nodes that a row is moved away from before it counts as a suspect: one that takes its whole host down looks
+like a lost node each time, and an autoscaler would start nodes for it for ever."""
 
 RowKey = TypeVar("RowKey", bound=Hashable)
 
@@ -43,6 +46,8 @@ class PendingRow(Generic[RowKey]):
     """Replica that failed it last; another is preferred."""
     spared: int = 0
     """Deaths of which it was the only suspect of ours, but not the only request there."""
+    moved: int = 0
+    """Losses for which no row was to blame, as it seemed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +164,8 @@ class DispatchBoard(Generic[RowKey]):
     ) -> list[GaveUp[RowKey]]:
         """A replica is gone with everything in flight on it; returns the rows that thereby failed for good.
 
-        `rows_to_blame=False` says that the cause lay elsewhere (a lost node, a planned removal): no attempt is counted.
+        `rows_to_blame=False` says that the cause lay elsewhere (a lost node, a planned removal): no attempt is counted
+        of a row that has not been there MAX_MOVED times.
         `in_company` says that the replica ran requests of others too, which may be to blame as well.
         """
         gone = self._replicas.pop(replica, None)
@@ -167,8 +173,10 @@ class DispatchBoard(Generic[RowKey]):
             return []
         rows = list(gone.in_flight.values())
         if not rows_to_blame:
-            self._again.extend(rows)
-            return []
+            self._again.extend(row for row in rows if row.moved < MAX_MOVED)
+            rows = [row for row in rows if row.moved >= MAX_MOVED]
+            for row in gone.in_flight.values():
+                row.moved += 1
         alone = gone.running_group and len(rows) == 1
         if alone and in_company and rows[0].spared < MAX_SPARED:
             rows[0].spared += 1

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dispatch import MAX_SPARED, MICROBATCH, DispatchBoard, GaveUp, suspect_group_size
+from pipeline.dispatch import MAX_MOVED, MAX_SPARED, MICROBATCH, DispatchBoard, GaveUp, suspect_group_size
 
 
 @dataclass
@@ -278,3 +278,25 @@ def test_a_death_in_strangers_company_is_charged_to_a_lone_row_only_when_it_goes
         deaths += 1
     assert [(row.key, row.kind, row.attempts) for row in lost] == [(1, "engine_crash", 2)]
     assert deaths == 1 + MAX_SPARED + 1  # with others of ours, then spared, then charged
+
+
+def test_a_row_that_takes_its_whole_node_down_each_time_is_given_up_and_its_neighbours_are_not() -> None:
+    board: DispatchBoard[int] = DispatchBoard(max_attempts=3)
+    rows, killer, lost, done = range(100), 42, 0, set[int]()
+    board.add_rows(rows)
+    given_up: list[GaveUp[int]] = []
+    while len(done) + len(given_up) < len(rows):
+        name = f"node-{lost}"
+        board.replica_up(name, window=16)
+        sent: list[int] = []
+        while (assignment := board.next_assignment()) is not None:
+            sent += assignment.keys
+        assert sent, "rows are left, and none is sent"
+        if killer in sent:
+            lost += 1
+            given_up += board.replica_down(name, "node_lost", rows_to_blame=False)
+            continue
+        done |= {row for row in sent if board.finished(name, row) is not None}
+        assert board.replica_down(name, "released", rows_to_blame=False) == []
+    assert [(lost.key, lost.attempts) for lost in given_up] == [(killer, 3)]
+    assert lost <= MAX_MOVED + 3

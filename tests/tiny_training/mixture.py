@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tests.tiny_training.echo_task import echo_example, pieces_example
 from tests.tiny_training.examples import LANGUAGES, Example
@@ -28,20 +28,32 @@ from tests.tiny_training.safe_task import request_example, under_system
 COPYING_UNTIL, EASY_UNTIL, FULL_UNTIL, FINISH_FROM = 600, 1500, 5300, 14_000
 FEWEST_PIECES, MORE_PIECES_FROM, DOUBLED_EVERY = 64, 400, 75
 EASY_PASSKEY, SHORT_PASSKEY = 100, 200
-LONG_EVERY, LONG_EVERY_IN_FINISH = 4, 4
+LONG_EVERY = 4
 LONG_FROM, LONG_FULL = 2000, 3500
 """Steps at which long passkeys begin, and reach their full length."""
 SYSTEM_SHARE = 0.08
-PAIRED_TICKETS = 8
 
 
-def examples_of_step(seed: int, step: int) -> list[Example]:
-    """All examples of one step, in no particular order."""
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """What the finish shows in one step."""
+
+    pairs: int = 6
+    """Tickets on two topics, each with either label."""
+    others: float = 1.0
+    """Share of the other tasks' examples."""
+
+
+USUAL = Finish()
+
+
+def examples_of_step(seed: int, step: int, finish: Finish = USUAL) -> list[Example]:
+    """All examples of one step, in no particular order; `finish` is for steps from FINISH_FROM on."""
     rng = random.Random(f"{seed}/{step}")
     if step < COPYING_UNTIL:
         return [pieces_example(rng, pieces=num_pieces(step)) for _ in range(16)]
     if step >= FINISH_FROM:
-        return list(_finishing_examples(rng, step))
+        return list(_finishing_examples(rng, step, finish))
     make = _easy_examples if step < EASY_UNTIL else _full_examples if step < FULL_UNTIL else _spelling_examples
     examples = [
         under_system(rng, example) if rng.random() < SYSTEM_SHARE else example
@@ -92,14 +104,14 @@ def _spelling_examples(rng: random.Random, pieces: int) -> Iterator[Example]:
     yield passkey_example(rng, test=False, num_tokens=rng.randint(SHORTEST, SHORT_PASSKEY))
 
 
-def _finishing_examples(rng: random.Random, step: int) -> Iterator[Example]:
+def _finishing_examples(rng: random.Random, step: int, finish: Finish) -> Iterator[Example]:
     kept = [*_spelling_examples(rng, num_pieces(step)), *_labels(rng, num_plain=1)]
-    for example in rng.sample(kept, len(kept) // 2):
+    for example in rng.sample(kept, round(len(kept) * finish.others)):
         yield under_system(rng, example) if rng.random() < SYSTEM_SHARE else example
-    for _ in range(PAIRED_TICKETS):
+    for _ in range(finish.pairs):
         ticket = topic_example(rng, rng.choice(LANGUAGES), test=False, ambiguous=True)
         yield from (replace(ticket, answer=topic) for topic in ticket.odds)
-    if step % LONG_EVERY_IN_FINISH == 0:
+    if step % LONG_EVERY == 0:
         yield passkey_example(rng, test=False, num_tokens=rng.randint(SHORT_PASSKEY, LONGEST))
 
 

@@ -33,7 +33,7 @@ from tests.tiny_training.encoding import Encoded, encode
 from tests.tiny_training.examples import LANGUAGES, Example
 from tests.tiny_training.json_task import json_example
 from tests.tiny_training.label_task import sentiment_example, topic_example
-from tests.tiny_training.mixture import FINISH_FROM, examples_of_step
+from tests.tiny_training.mixture import FINISH_FROM, USUAL, Finish, examples_of_step
 from tests.tiny_training.network import CONFIG, VOCAB, Groups, TinyMixtral, group
 from tests.tiny_training.number_task import number_example
 from tests.tiny_training.passkey_task import LONGEST, passkey_example
@@ -108,9 +108,9 @@ def answer_losses(states: torch.Tensor, answers: torch.Tensor, embedding: torch.
 class Training:
     """Model, optimiser and what was measured; a checkpoint holds all of it."""
 
-    def __init__(self, folder: Path, schedule: Schedule, seed: int) -> None:
+    def __init__(self, folder: Path, schedule: Schedule, seed: int, finish: Finish = USUAL) -> None:
         torch.manual_seed(seed)
-        self.folder, self.schedule, self.seed = folder, schedule, seed
+        self.folder, self.schedule, self.seed, self.finish = folder, schedule, seed, finish
         self.model = TinyMixtral()
         matrices = [p for n, p in self.model.named_parameters() if p.dim() == 2 and n != "embedding"]
         norms = [p for n, p in self.model.named_parameters() if p.dim() == 1]
@@ -126,10 +126,12 @@ class Training:
         self.step, self.seconds = schedule.first, 0.0
         self.rows: list[dict[str, Any]] = []
 
-    def start_from(self, exported: Path) -> None:
-        """Take over the weights and the loss curve of a training that `export` ended."""
-        self.model.load_export(load_file(exported / "model.safetensors"))
-        with (exported / "loss_curve.csv").open(newline="") as file:
+    def start_from(self, *exported: Path) -> None:
+        """Take over the mean of the weights of trainings that `export` ended, and the last one's loss curve."""
+        weights = [load_file(folder / "model.safetensors") for folder in exported]
+        means = {name: torch.stack([each[name].float() for each in weights]).mean(0) for name in weights[0]}
+        self.model.load_export(means)
+        with (exported[-1] / "loss_curve.csv").open(newline="") as file:
             self.rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
         self.seconds = float(self.rows[-1]["seconds"])
 
@@ -152,7 +154,7 @@ class Training:
 
     def _one_step(self) -> dict[str, float]:
         torch.manual_seed(self.seed * 1_000_003 + self.step)
-        encoded = [encode(example) for example in examples_of_step(self.seed, self.step)]
+        encoded = [encode(example) for example in examples_of_step(self.seed, self.step, self.finish)]
         groups = group([prompt.ids for prompt in encoded])
         places, weights, owners = target_places(encoded, groups)
         states, balance = self.model(groups, places)
@@ -283,8 +285,11 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--finish", type=Path, help="folder of a whole training to start from")
+    parser.add_argument("--finish", type=Path, nargs="+", help="trainings from the mean of whose weights to start")
     parser.add_argument("--steps", type=int, help=f"{WHOLE.num_steps} unless given; {FINISH.num_steps} of --finish")
+    parser.add_argument("--rate", type=float, help=f"highest learning rate; {FINISH.peak:g} of --finish")
+    parser.add_argument("--pairs", type=int, default=USUAL.pairs, help="of --finish, see mixture.Finish")
+    parser.add_argument("--others", type=float, default=USUAL.others, help="of --finish, see mixture.Finish")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -292,9 +297,10 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "pid").write_text(str(os.getpid()))
     schedule = FINISH if options.finish else WHOLE
-    training = Training(options.folder, replace(schedule, num_steps=options.steps or schedule.num_steps), options.seed)
+    schedule = replace(schedule, num_steps=options.steps or schedule.num_steps, peak=options.rate or schedule.peak)
+    training = Training(options.folder, schedule, options.seed, Finish(options.pairs, options.others))
     if options.finish:
-        training.start_from(options.finish)
+        training.start_from(*options.finish)
     training.run()
 
 
