@@ -22,8 +22,8 @@ from jobs.execute import PRIORITIES
 from jobs.manifest import write_manifest
 from pipeline.engine import Completion, EngineInfo, Piece
 from pipeline.errors import SpecError
+from pipeline.making_way import kept_free
 from pipeline.model import fetch_model
-from pipeline.replica import kept_free
 from pipeline.vllm_streams import OpenStreams
 from tests.endpoints import MODEL
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from pipeline.engine import ONLINE_PRIORITY, Request
-from pipeline.replica import MAX_MADE_WAY, Replica, RowResult
+from pipeline.making_way import MAX_MADE_WAY
+from pipeline.replica import Replica
+from pipeline.replica_answers import RowResult
 from pipeline.settings import SamplingSettings
 from tests.scripted_engine import ScriptedConfig
 
@@ -69,7 +71,7 @@ def test_a_request_makes_way_only_so_often() -> None:
             mine = range(turn * SEATS, (turn + 1) * SEATS)
             await replica.submit([request("people", n, priority=ONLINE_PRIORITY, ids=(NEVER,)) for n in mine])
             await settled(replica, SEATS, SEATS - 1)
-            stayed = sum(request_id.startswith("run/") for request_id in tuple(replica._accepted))
+            stayed = sum(request_id.startswith("run/") for request_id in replica._engine.requests.begun_ids())
             assert stayed == (0 if turn < MAX_MADE_WAY else SEATS - 1)
             await replica.abort([f"people/{n}" for n in mine])
             await settled(replica, SEATS - 1, 0)
