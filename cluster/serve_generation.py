@@ -19,7 +19,7 @@ from cluster.serve_settings import ServeSettings
 from pipeline.dispatcher import Dispatcher
 from pipeline.engine import Piece
 from pipeline.errors import InfrastructureError
-from pipeline.open_shards import Outcome
+from pipeline.outcomes import Outcome
 from pipeline.replica_answers import RowResult
 
 MAX_ATTEMPTS = 3

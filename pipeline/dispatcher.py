@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.engine import Piece, Request
 from pipeline.errors import InfrastructureError
 from pipeline.flights import Flights
-from pipeline.open_shards import OpenShard, OpenShards, Outcome
+from pipeline.outcomes import OpenShard, OpenShards, Outcome
 
 
 class Dispatcher:

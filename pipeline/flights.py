@@ -19,7 +19,7 @@ from pipeline.errors import NodeLost, ReplicaUnreachable, RequestRefused
 from pipeline.fleet_link import FleetLink
 from pipeline.fruitless_losses import FruitlessLosses
 from pipeline.membership import RETIRED, Departure, Member
-from pipeline.open_shards import Key, OpenShard, OpenShards, Outcome
+from pipeline.outcomes import Key, OpenShard, OpenShards, Outcome
 from pipeline.replica_answers import RETURNED, Poll, RowResult, failed, returned
 
 WINDOW_FACTOR = 2

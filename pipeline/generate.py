@@ -19,7 +19,7 @@ from pipeline.engine import MoeShape, Request
 from pipeline.errors import InfrastructureError
 from pipeline.labels import LabelRule
 from pipeline.monitor import Figures, Order
-from pipeline.open_shards import Outcome
+from pipeline.outcomes import Outcome
 from pipeline.results import ResultBuilder
 from pipeline.rows import ERROR, FILE, PROMPT_IDS, ROW, SHARD, sampling_texts
 from pipeline.sampling import is_greedy, row_seed, sampling_from_json

@@ -16,7 +16,7 @@ from pipeline.engine import MoeShape, Timing
 from pipeline.errors import INVALID_JSON
 from pipeline.json_schemas import schema_text, violation
 from pipeline.labels import LabelRule
-from pipeline.open_shards import Outcome
+from pipeline.outcomes import Outcome
 from pipeline.replica_answers import ReducedSample
 from pipeline.routing_columns import routing_column
 from pipeline.rows import ERROR, FILE, MAX_ERROR_CHARS, PROMPT_IDS, REPAIRS, ROW, sampling_texts

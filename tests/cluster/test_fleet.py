@@ -20,7 +20,7 @@ from cluster.pools import PoolPlan, SlotShape
 from pipeline.dispatcher import Dispatcher
 from pipeline.engine import Request
 from pipeline.errors import InfrastructureError
-from pipeline.open_shards import Outcome
+from pipeline.outcomes import Outcome
 from pipeline.settings import SamplingSettings
 from tests.extra_nodes import ExtraNodes, extra_nodes
 from tests.scripted_engine import ScriptedConfig, complete

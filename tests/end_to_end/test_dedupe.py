@@ -12,7 +12,7 @@ from cluster.fleet import start_fleet, stop_fleet
 from cluster.pools import PoolPlan
 from pipeline.dispatcher import Dispatcher
 from pipeline.engine import Request
-from pipeline.open_shards import Outcome
+from pipeline.outcomes import Outcome
 from pipeline.settings import SamplingSettings
 from tests.driver_processes import DriverLauncher
 from tests.part_watcher import part_names
