@@ -57,12 +57,13 @@ class EngineThread:
             self._thread.start()
 
     def _run(self, config: EngineConfig) -> None:
+        assert self._loop is not None  # noqa: S101  set before the thread starts
         engine: Engine | None = None
         try:
             engine = config.build()
             self.info = engine.info
             self._on_loop(self._tell)
-            while True:
+            while not self._loop.is_closed():  # then nobody is left to be told anything
                 self._step(engine)
         except Exception as error:
             logger.exception("engine died")
