@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cluster.gpus import CPU, GpuType, gpu_type
 from cluster.settings import FleetSettings, PoolSettings
 from pipeline.engine import MoeShape
-from pipeline.replica import EngineConfig
+from pipeline.engine_thread import EngineConfig
 from pipeline.settings import ModelSettings
 from pipeline.vllm_engine import VllmEngineConfig
 

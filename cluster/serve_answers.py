@@ -19,7 +19,7 @@ from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 
 from cluster.serve_prompts import Asked
 from pipeline.engine import TokenLog
-from pipeline.replica import ReducedSample, RowResult
+from pipeline.replica_answers import ReducedSample, RowResult
 
 
 class Answer:

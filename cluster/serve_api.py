@@ -33,7 +33,7 @@ from cluster.serve_metrics import CONTENT_TYPE, Metrics
 from cluster.serve_prompts import Asked, PromptMaker
 from cluster.serve_settings import ServeSettings
 from cluster.serve_types import ChatRequest, CompletionRequest, ErrorBody
-from pipeline.replica import RowResult
+from pipeline.replica_answers import RowResult
 
 CHAT, COMPLETIONS, MODELS, HEALTH, METRICS = (
     *("/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/metrics"),

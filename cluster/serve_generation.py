@@ -16,10 +16,11 @@ from cluster.serve_errors import of_failure, overloaded, timed_out
 from cluster.serve_limits import has_room
 from cluster.serve_prompts import Asked
 from cluster.serve_settings import ServeSettings
-from pipeline.dispatcher import Dispatcher, Outcome
+from pipeline.dispatcher import Dispatcher
 from pipeline.engine import Piece
 from pipeline.errors import InfrastructureError
-from pipeline.replica import RowResult
+from pipeline.outcomes import Outcome
+from pipeline.replica_answers import RowResult
 
 MAX_ATTEMPTS = 3
 HANG_TIMEOUT_S = 60.0

@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 from cluster.serve_prompts import Asked
 from pipeline.engine import MoeShape
-from pipeline.replica import RowResult
+from pipeline.replica_answers import RowResult
 from pipeline.routing_measures import normalised_entropy, shares_of
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -1,7 +1,7 @@
 """Warm fleets: a fleet under a name that outlives the process that started it, and that several runs share.
 
 A warm fleet belongs to the Ray cluster: it ends with `take_down` or with the cluster. Runs that die on it are
-forgotten (`cluster.scaling.DEMAND_MEMORY_S`, `pipeline.replica.CONSUMER_GONE_S`).
+forgotten (`cluster.scaling.DEMAND_MEMORY_S`, `pipeline.consumers.CONSUMER_GONE_S`).
 """
 
 from __future__ import annotations

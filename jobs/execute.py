@@ -27,8 +27,8 @@ from jobs.summary import Execution
 from jobs.supervise import Supervisor
 from jobs.work import Work
 from pipeline.counters import RowTotals
-from pipeline.dispatcher import WINDOW_FACTOR
 from pipeline.errors import SpecError
+from pipeline.flights import WINDOW_FACTOR
 from pipeline.flow import Flow, run_flow
 from pipeline.generate import GenerateSettings
 from pipeline.lease import Lease

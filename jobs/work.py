@@ -6,7 +6,7 @@ not be carried over is refused here, before anything is spent on its rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from pipeline.errors import RETRYABLE_KINDS, InfrastructureError, SpecError
 from pipeline.ledger import Ledger
 from pipeline.parts import open_part, part_sizes
 from pipeline.recount import ROW_COLUMNS, kept_counters, routing_pieces
+from pipeline.row_picks import PickedRows
 from pipeline.shards import Shard
 from pipeline.storage import Store
 
@@ -38,14 +39,13 @@ class Selection:
     kinds: frozenset[str] | None
     """And one of these error kinds; None for any or none."""
 
-    def rows_of(self, table: pa.Table) -> list[int]:
-        """Numbers of the chosen input rows of a part (columns `status`, `error.kind`, `input_row`), in order."""
+    def rows_of(self, table: pa.Table) -> PickedRows:
+        """Numbers of the chosen input rows of a part (columns `status`, `error.kind`, `input_row`)."""
         chosen = pc.is_in(table["status"].cast(pa.string()), value_set=pa.array(self.statuses, pa.string()))
         if self.kinds is not None:
             kind = pc.struct_field(table["error"], "kind")
             chosen = pc.and_(chosen, pc.is_in(kind, value_set=pa.array(sorted(self.kinds), pa.string())))
-        rows: list[int] = pc.unique(table["input_row"].filter(chosen)).to_pylist()
-        return sorted(rows)
+        return PickedRows.of(table["input_row"].filter(chosen).to_numpy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,9 @@ class Work:
 
     shards: tuple[int, ...]
     """Not committed yet."""
-    rows: dict[int, list[int]] = field(default_factory=dict)
-    """Shard -> the only rows of it to do, as row numbers within the file."""
+    rows: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Shard -> the only rows of it to do, as row numbers within the file. A million single numbers are 40 MB in the
+    driver; a bit for each row of the shards that have any, as `find_work` gives them, is at most 0.2 MB."""
     retried_statuses: tuple[str, ...] | None = None
     """Statuses that `rows` had in parts that are there; None when there are no such parts."""
 
@@ -127,7 +128,9 @@ def refuse_unfinished(ledger: Ledger) -> None:
         )
 
 
-def find_rows(store: Store, parts: Mapping[int, Shard], selection: Selection, *, routing: bool) -> dict[int, list[int]]:
+def find_rows(
+    store: Store, parts: Mapping[int, Shard], selection: Selection, *, routing: bool
+) -> dict[int, PickedRows]:
     """Shard index -> the chosen rows of its part, in plan order; parts without any are left out.
 
     Looks at a few parts at a time, and only at the columns that say which rows and check the statistics of the others.
@@ -145,8 +148,8 @@ def find_rows(store: Store, parts: Mapping[int, Shard], selection: Selection, *,
 
 def rows_to_retry(
     store: Store, part_name: str, *, selection: Selection, routing: bool, sizes: Mapping[str, int]
-) -> list[int]:
-    """Rows of a part that are chosen, in order.
+) -> PickedRows:
+    """Rows of a part that are chosen.
 
     Raises:
         InfrastructureError: the part is damaged, or the rows left alone contradict the footer's counters, so that a new
@@ -162,7 +165,7 @@ def rows_to_retry(
             RunCounters.from_json_bytes(part.footer.counters),
             table,
             retried_statuses=selection.statuses,
-            keep=~np.isin(table["input_row"].to_numpy(), rows),
+            keep=~np.isin(table["input_row"].to_numpy(), rows.numbers()),
             routing=routing_pieces(part, recorded=routing),
         )
     except InfrastructureError as error:

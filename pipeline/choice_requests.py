@@ -50,6 +50,15 @@ class OpenChoices:
     def __init__(self) -> None:
         self._open: dict[str, _Open] = {}
         self._request_of: dict[str, str] = {}
+        """Of each probe without an answer."""
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_unanswered(self) -> int:
+        """Probes, of all requests."""
+        return len(self._request_of)
 
     def __contains__(self, probe_id: str) -> bool:
         return probe_id in self._request_of
@@ -64,7 +73,7 @@ class OpenChoices:
 
     def answer(self, probe_id: str, answer: Answer) -> Completion | None:
         """Take one probe's answer; the request's completion once it was the last."""
-        one = self._open[self._request_of[probe_id]]
+        one = self._open[self._request_of.pop(probe_id)]
         one.answers[one.probes[probe_id]] = answer
         if len(one.answers) < len(one.probes):
             return None
@@ -72,7 +81,7 @@ class OpenChoices:
         return _completion(one)
 
     def request_of(self, probe_id: str) -> str:
-        """The request that a probe belongs to."""
+        """The request that a probe without an answer belongs to."""
         return self._request_of[probe_id]
 
     def forget(self, request_ids: Sequence[str]) -> list[str]:
@@ -80,7 +89,7 @@ class OpenChoices:
         gone = [one for one in (self._open.pop(request_id, None) for request_id in request_ids) if one is not None]
         probe_ids = [probe_id for one in gone for probe_id in one.probes]
         for probe_id in probe_ids:
-            del self._request_of[probe_id]
+            self._request_of.pop(probe_id, None)
         return probe_ids
 
 

@@ -153,6 +153,11 @@ class Engine(Protocol):
         """What was loaded."""
         ...
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that its unfinished requests take: their samples that aren't done; one for a choice."""
+        ...
+
     def add(self, request: Request) -> None:
         """Queue one request."""
         ...

@@ -14,11 +14,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.choices import ChoiceTree
-from pipeline.dispatcher import Dispatcher, Outcome
+from pipeline.dispatcher import Dispatcher
 from pipeline.engine import MoeShape, Request
 from pipeline.errors import InfrastructureError
 from pipeline.labels import LabelRule
 from pipeline.monitor import Figures, Order
+from pipeline.outcomes import Outcome
 from pipeline.results import ResultBuilder
 from pipeline.rows import ERROR, FILE, PROMPT_IDS, ROW, SHARD, sampling_texts
 from pipeline.sampling import is_greedy, row_seed, sampling_from_json

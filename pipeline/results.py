@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.counters import ALL, RunCounters, SampleFacts, slice_name
-from pipeline.dispatcher import Outcome
 from pipeline.engine import MoeShape, Timing
 from pipeline.errors import INVALID_JSON
 from pipeline.json_schemas import schema_text, violation
 from pipeline.labels import LabelRule
-from pipeline.replica import ReducedSample
+from pipeline.outcomes import Outcome
+from pipeline.replica_answers import ReducedSample
 from pipeline.routing_columns import routing_column
 from pipeline.rows import ERROR, FILE, MAX_ERROR_CHARS, PROMPT_IDS, REPAIRS, ROW, sampling_texts
 from pipeline.sampling import sampling_from_json

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 BITS_PER_BYTE = 8
 """Rows of a shard of picked rows are a multiple of it, so that a shard's bits are whole bytes."""
@@ -25,6 +27,45 @@ class Cells:
     """Which runs are left, ascending."""
     counts: NDArray[np.int64]
     """Picked rows of each; never 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class PickedRows(Sequence[int]):
+    """Numbers of rows, ascending and each once, in one bit for every row from the first to the last of them."""
+
+    first: int
+    """The lowest; 0 when there is none."""
+    bits: bytes
+
+    @classmethod
+    def of(cls, rows: ArrayLike) -> PickedRows:
+        """These rows, in whatever order."""
+        numbers = np.asarray(rows, np.int64)
+        if not numbers.size:
+            return cls(0, b"")
+        first = int(numbers.min())
+        return cls(first, pack(numbers - first, int(numbers.max()) - first + 1))
+
+    def numbers(self) -> NDArray[np.int64]:
+        """The same as an array."""
+        return unpack(self.bits) + self.first
+
+    def __len__(self) -> int:
+        return int.from_bytes(self.bits).bit_count()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers().tolist())
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        rows: int | list[int] = self.numbers()[index].tolist()
+        return rows
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: FBT001  numpy's interface
+        return self.numbers().astype(dtype or np.int64, copy=False)
 
 
 def pack(rows: NDArray[np.int64], num_rows: int) -> bytes:

@@ -16,16 +16,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.choice_requests import Answer, OpenChoices
-from pipeline.choices import ChoiceTree
 from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Piece, Request
-from pipeline.engine_arguments import likely_name
 from pipeline.errors import RequestRefused, SpecError
 from pipeline.json_schemas import schema_text
 from pipeline.model import fetch_model, read_config, routing_layers
 from pipeline.settings import ModelSettings, SamplingSettings
-from pipeline.vllm_outputs import convert
-from pipeline.vllm_streams import OpenStreams
+from pipeline.vllm_arguments import engine_arguments, engine_environment, lookahead, refuse_unknown
+from pipeline.vllm_requests import VllmRequests
 
 CORE_WATCH_INTERVAL_S = 0.25
 
@@ -53,26 +50,10 @@ class VllmEngineConfig:
         return int(self.engine_args.get("max_num_seqs", 64 if self.on_cpu else 512))
 
     def environment(self) -> dict[str, str]:
-        """Environment variables that must be set before the replica's process imports torch.
-
-        On CPU: in-process core (ready in 8 s instead of 18, one process instead of three), no compilation (2 s off the
-        first request, no change in speed seen), and a fixed KV size, without which the CPU build refuses to start
-        unless 92% of memory is free.
-        """
-        env = {
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        if not self.on_cpu:
-            return env
-        env |= {"OMP_NUM_THREADS": str(self.num_threads), "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        if self.tensor_parallel == 1:
-            env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        else:
-            env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(self.tensor_parallel))
-        return env
+        """Environment variables that must be set before the replica's process imports torch."""
+        return engine_environment(
+            on_cpu=self.on_cpu, num_threads=self.num_threads, tensor_parallel=self.tensor_parallel
+        )
 
     def build(self) -> VllmEngine:
         """Load the model; takes 8 s for a tiny one on CPU, minutes for Mixtral 8x7B.
@@ -101,11 +82,7 @@ class VllmEngine:
             reasons = "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
             raise SpecError(f"vLLM refuses these settings: {reasons[:800]}; correct the spec") from error
         # vLLM fills in zeros for layers without a router, which no guard could tell from a broken capture.
-        self._layers = routing_layers(read_config(Path(config.model_path) / "config.json"))
-        self._choices = OpenChoices()
-        self._streams = OpenStreams(self._layers)
-        self._logged: set[str] = set()
-        """Requests in one piece that ask for their tokens' log-probabilities."""
+        self._open = VllmRequests(routing_layers(read_config(Path(config.model_path) / "config.json")))
         self._closed = threading.Event()
         threading.Thread(target=self._watch_core, name="core-watch", daemon=True).start()
         vllm_config = self._engine.vllm_config
@@ -117,23 +94,24 @@ class VllmEngine:
             lookahead=lookahead(vllm_config.scheduler_config.max_num_seqs) if _core_runs_ahead() else 0,
         )
 
+    @property
+    def num_sequences(self) -> int:
+        """See `Engine.num_sequences`; vLLM counts each of `n` samples."""
+        return self._open.num_sequences(self._engine.get_num_unfinished_requests())
+
     def add(self, request: Request) -> None:
         """Queue one request; see `Engine.add`."""
         if request.choices is not None:
-            self._add_choices(request, request.choices)
-        else:
-            params = _sampling_params(request.sampling, request.seed)
-            _ask_for_more(params, request)
-            self._add(request.request_id, list(request.prompt_token_ids), params, request.priority)
-            if request.stream:
-                self._streams.open(request.request_id, request.sampling.n)
-            elif request.num_top_logs is not None:
-                self._logged.add(request.request_id)
+            self._add_choice(request)
+            return
+        params = _sampling_params(request.sampling, request.seed)
+        _ask_for_more(params, request)
+        self._add(request.request_id, list(request.prompt_token_ids), params, request.priority)
+        self._open.open(request)
 
-    def _add_choices(self, request: Request, tree: ChoiceTree) -> None:
-        probes = self._choices.open(request, tree)
+    def _add_choice(self, request: Request) -> None:
         try:
-            for probe in probes:
+            for probe in self._open.open_choice(request):
                 self._add(probe.probe_id, probe.prompt_token_ids, _probe_params(probe.tokens), request.priority)
         except RequestRefused:
             self.abort([request.request_id])
@@ -152,36 +130,14 @@ class VllmEngine:
         """Advance all running requests by one step; see `Engine.step`."""
         if not self._engine.has_unfinished_requests():
             return []
-        streamed, outputs = self._streams.take(self._engine.step()) if self._streams else ([], self._engine.step())
-        finished = [output for output in outputs if output.finished]
-        probes = [output for output in finished if output.request_id in self._choices]
-        ended = [self._ended(output) for output in finished if output.request_id not in self._choices]
-        return [*streamed, *ended, *(one for one in map(self._take_probe, probes) if one is not None)]
-
-    def _ended(self, output: Any) -> Completion | Failure:
-        with_logs = output.request_id in self._logged
-        if with_logs:
-            self._logged.discard(output.request_id)
-        return convert(output, self._layers, with_logs=with_logs)
-
-    def _take_probe(self, output: Any) -> Completion | Failure | None:
-        converted = convert(output, self._layers)
-        if output.request_id not in self._choices:  # another one of its request has failed in this step
-            return None
-        if isinstance(converted, Failure):
-            request_id = self._choices.request_of(output.request_id)
-            self.abort([request_id])
-            return Failure(request_id, converted.kind, converted.message)
-        [sample] = converted.samples
-        logs = {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
-        answer = Answer(logs, sample.routed_experts, converted.num_cached_tokens, converted.timing)
-        return self._choices.answer(output.request_id, answer)
+        taken = self._open.take(self._engine.step())
+        if taken.stale:
+            self._engine.abort_request(taken.stale)
+        return taken.results
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forget these requests."""
-        self._streams.forget(request_ids)
-        self._logged.difference_update(request_ids)
-        self._engine.abort_request([*request_ids, *self._choices.forget(request_ids)])
+        self._engine.abort_request(self._open.forget(request_ids))
 
     def _watch_core(self) -> None:
         """Wake up `step` when a core in a process of its own has died.
@@ -204,11 +160,6 @@ class VllmEngine:
             self._engine.engine_core.shutdown()
 
 
-def lookahead(max_num_seqs: int) -> int:
-    """Requests that a core in a process of its own should hold in store: it takes several steps between our looks."""
-    return max(4, max_num_seqs // 8)
-
-
 def _core_runs_ahead() -> bool:
     from vllm import envs
 
@@ -218,41 +169,18 @@ def _core_runs_ahead() -> bool:
 def _engine_args(config: VllmEngineConfig) -> Any:
     from vllm import EngineArgs
 
-    # from_engine_args defaults to 128 sequences and 2,048 batched tokens whatever the GPU: set both always.
-    args: dict[str, Any] = {
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": max(2048, config.max_model_len) if config.on_cpu else 8192,
-        "enable_prefix_caching": True,
-        "tokenizer_mode": "hf",
-        "config_format": "hf",
-        "load_format": "safetensors",  # never pickled weights; `dummy` may be asked for
-        **config.engine_args,
-        "model": config.model_path,
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
-        "tensor_parallel_size": config.tensor_parallel,
-        "enable_return_routed_experts": config.moe is not None,
-        "trust_remote_code": False,
-        # Under `fcfs`, the default, vLLM takes a priority and ignores it without a word. Costs 0.4 us a request.
-        "scheduling_policy": "priority",
-        "disable_log_stats": False,  # per-request timings
-        # The default, xgrammar, drops what it doesn't know and lets control characters into strings; this refuses both.
-        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
-        "seed": 0,
-    }
-    if config.on_cpu:
-        args.setdefault("enforce_eager", True)
-        # A prompt split over two steps takes back the random number drawn for the unfinished one, by moving its seeded
-        # generator's offset; CPU generators have none, and 0.30 dies: "CPU Generator does not use offset".
-        args.setdefault("enable_chunked_prefill", False)
-    if config.tensor_parallel > 1:
-        # Inside a placement group vLLM would pick `ray`, which CPU doesn't support and which may join another cluster.
-        args.setdefault("distributed_executor_backend", "mp")
+    args = engine_arguments(
+        config.engine_args,
+        model_path=config.model_path,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        tensor_parallel=config.tensor_parallel,
+        with_routing=config.moe is not None,
+        on_cpu=config.on_cpu,
+    )
     known = {field.name for field in fields(EngineArgs)}
-    for name in config.engine_args:  # here, too, if the driver's machine has no vLLM: each replica would fail to start
-        if name not in known:
-            cure = likely_name(name, known)
-            raise SpecError(f"engine_args: `{name}` is not an engine argument of the installed vLLM; {cure}")
+    refuse_unknown(config.engine_args, known)
     return EngineArgs(**{name: value for name, value in args.items() if name in known})
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-import pipeline.replica
+import pipeline.consumers
 from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Piece, Request, Sample, Timing, TokenLog
 from pipeline.errors import RequestRefused
 from pipeline.json_schemas import schema_text
@@ -54,11 +54,11 @@ class ScriptedConfig:
     """By how much the logs of choices' probabilities are too large: 1 is honest, see `honest_logs`."""
 
     consumer_gone_s: float | None = None
-    """Instead of `pipeline.replica.CONSUMER_GONE_S`."""
+    """Instead of `pipeline.consumers.CONSUMER_GONE_S`."""
 
     def build(self) -> ScriptedEngine:
         if self.consumer_gone_s is not None:
-            pipeline.replica.CONSUMER_GONE_S = self.consumer_gone_s
+            pipeline.consumers.CONSUMER_GONE_S = self.consumer_gone_s
         if self.fail_start:
             raise RuntimeError(self.fail_start)
         time.sleep(self.start_delay_s)
@@ -84,6 +84,10 @@ class ScriptedEngine:
             self._finishes = open(os.path.join(config.finishes, f"{os.getpid()}.times"), "a", buffering=1)  # noqa: SIM115
             with open(os.path.join(config.finishes, f"{os.getpid()}.node"), "w") as file:
                 file.write(ray.get_runtime_context().get_node_id())
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(request.sampling.n for request, _ in self._running.values())
 
     def add(self, request: Request) -> None:
         if self._action(request) == "refuse":

@@ -21,7 +21,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dispatcher import WINDOW_FACTOR
+from pipeline.flights import WINDOW_FACTOR
 from tests.driver_processes import process_below
 from tests.own_ray import own_ray
 from tests.scripted_engine import ScriptedConfig

@@ -3,7 +3,7 @@
     python -m tests.bench.simulate_fleet --replicas 200 --rows 1000000
 
 Only engines and network are imagined: rows have log-normal lengths, a replica runs `--sequences` of them at once at its
-speed, and tells of finished rows once per `POLL_S`, as `pipeline.dispatcher` hears of them. What is measured is real:
+speed, and tells of finished rows once per `POLL_S`, as `pipeline.flights` hears of them. What is measured is real:
 seconds of this process per row spent in decisions. What follows from the simulation: the share of sequences that stood
 idle while there was work for all, and how long the last rows took.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from pipeline.balance import Load, SpeedMeter, choose_recall
 from pipeline.dispatch import DispatchBoard
-from pipeline.dispatcher import RECALL_INTERVAL_S, WINDOW_FACTOR
+from pipeline.flights import RECALL_INTERVAL_S, WINDOW_FACTOR
 
 POLL_S = 0.05
 SHARD_ROWS = 256

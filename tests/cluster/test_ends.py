@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from pipeline.dispatcher import MAX_FRUITLESS_LOSSES
+from pipeline.fruitless_losses import MAX_FRUITLESS_LOSSES
 from tests.driver_processes import Driver, DriverLauncher, wait_until
 from tests.extra_nodes import extra_nodes
 from tests.whole_runs import spec_text, token_of, write_prompts

@@ -17,9 +17,10 @@ from ray.util import placement_group_table
 
 from cluster.fleet import start_fleet, stop_fleet
 from cluster.pools import PoolPlan, SlotShape
-from pipeline.dispatcher import Dispatcher, Outcome
+from pipeline.dispatcher import Dispatcher
 from pipeline.engine import Request
 from pipeline.errors import InfrastructureError
+from pipeline.outcomes import Outcome
 from pipeline.settings import SamplingSettings
 from tests.extra_nodes import ExtraNodes, extra_nodes
 from tests.scripted_engine import ScriptedConfig, complete

@@ -20,10 +20,9 @@ from cluster.serve_settings import ServeSettings
 from cluster.serve_types import ChatRequest, CompletionRequest
 from jobs.execute import PRIORITIES
 from jobs.manifest import write_manifest
-from pipeline.engine import Completion, EngineInfo, Piece
+from pipeline.engine import Completion, Piece
 from pipeline.errors import SpecError
 from pipeline.model import fetch_model
-from pipeline.replica import kept_free
 from pipeline.vllm_streams import OpenStreams
 from tests.endpoints import MODEL
 
@@ -44,19 +43,6 @@ def test_a_key_gets_its_minutes_worth_at_once_and_then_one_by_one() -> None:
 @pytest.mark.parametrize(("num_new", "fits"), [(1, True), (4, True), (5, False)])
 def test_there_is_room_for_what_engines_run_and_a_few_that_wait(num_new: int, fits: bool) -> None:
     assert has_room(num_new, num_unfinished=14, num_seqs=16, max_waiting=2) is fits
-
-
-def test_runs_leave_sequences_free_only_while_people_ask() -> None:
-    def kept(num_seqs: int, since_online_s: float, lookahead: int = 0) -> int:
-        return kept_free(EngineInfo(num_seqs, 512, None, {}, lookahead), since_online_s=since_online_s)
-
-    assert kept(64, since_online_s=1.0) == 8
-    assert kept(4, since_online_s=1.0) == 1
-    assert kept(1, since_online_s=1.0) == 0
-    assert kept(64, since_online_s=60.0) == 0
-    # What waits ahead of the sequences, in an engine with a core of its own, is no sequence that is free.
-    assert kept(64, since_online_s=1.0, lookahead=8) == 16
-    assert kept(64, since_online_s=60.0, lookahead=8) == 0
 
 
 def test_keys_are_kept_as_hashes_for_their_owner_alone(tmp_path: Path) -> None:

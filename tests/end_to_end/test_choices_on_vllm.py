@@ -14,7 +14,7 @@ from pipeline.engine import Completion, MoeShape, Request
 from pipeline.model import cache_directory
 from pipeline.settings import SamplingSettings
 from pipeline.tiny_mixtral import ensure_random_mixtral
-from pipeline.vllm_engine import VllmEngineConfig
+from pipeline.vllm_engine import VllmEngine, VllmEngineConfig
 
 END = 2
 Completions = tuple[list[Request], dict[str, Completion]]
@@ -25,27 +25,49 @@ def model_path() -> str:
     return str(ensure_random_mixtral(cache_directory()))
 
 
-@pytest.fixture(scope="module", params=[50, pytest.param(200, marks=pytest.mark.long)])
-def completions(
-    request: pytest.FixtureRequest, model_path: str
-) -> Iterator[tuple[list[Request], dict[str, Completion]]]:
-    """50 or 200 prompts with their own choice sets, through one engine at once."""
+@pytest.fixture(scope="module")
+def engine(model_path: str) -> Iterator[VllmEngine]:
     config = VllmEngineConfig(
         model_path=model_path, dtype="float32", max_model_len=512, moe=MoeShape(4, 8, 2), on_cpu=True
     )
     engine = config.build()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module", params=[50, pytest.param(200, marks=pytest.mark.long)])
+def completions(request: pytest.FixtureRequest, engine: VllmEngine) -> Completions:
+    """50 or 200 prompts with their own choice sets, through one engine at once."""
     requests = make_requests(request.param)
     done: dict[str, Completion] = {}
-    try:
-        for one in requests:
-            engine.add(one)
-        while len(done) < len(requests):
-            for ended in engine.step():
-                assert isinstance(ended, Completion), ended
-                done[ended.request_id] = ended
-        yield requests, done
-    finally:
-        engine.close()
+    for one in requests:
+        engine.add(one)
+    assert engine.num_sequences == len(requests)
+    while len(done) < len(requests):
+        for ended in engine.step():
+            assert isinstance(ended, Completion), ended
+            done[ended.request_id] = ended
+    assert engine.num_sequences == 0
+    return requests, done
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_samples_that_are_done_give_their_sequences_back_before_their_request_ends(
+    engine: VllmEngine, stream: bool
+) -> None:
+    sampling = SamplingSettings(n=6, temperature=1.0, max_tokens=64, stop=["a"])
+    many = Request("many", [1, 400, 500], sampling, 7, stream=stream)
+    engine.add(many)
+    assert engine.num_sequences == 6
+    engine.abort(["many"])
+    assert engine.num_sequences == 0
+    engine.add(many)
+    seen = []
+    while not any(isinstance(output, Completion) for output in engine.step()):
+        seen.append(engine.num_sequences)
+    assert seen == sorted(seen, reverse=True)
+    assert 0 < seen[-1] < 6, "the noise of random weights has an `a` sooner here and later there"
+    assert engine.num_sequences == 0
 
 
 def make_requests(count: int) -> list[Request]:

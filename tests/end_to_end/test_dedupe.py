@@ -10,8 +10,9 @@ import pytest
 
 from cluster.fleet import start_fleet, stop_fleet
 from cluster.pools import PoolPlan
-from pipeline.dispatcher import Dispatcher, Outcome
+from pipeline.dispatcher import Dispatcher
 from pipeline.engine import Request
+from pipeline.outcomes import Outcome
 from pipeline.settings import SamplingSettings
 from tests.driver_processes import DriverLauncher
 from tests.part_watcher import part_names

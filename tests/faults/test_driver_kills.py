@@ -14,7 +14,7 @@ import pytest
 
 from jobs.prepare import PreparedJob
 from jobs.status import read_status, status_lines
-from pipeline.dispatcher import WINDOW_FACTOR
+from pipeline.flights import WINDOW_FACTOR
 from pipeline.flow import rows_at_risk
 from tests.driver_processes import Driver, DriverLauncher, wait_until
 from tests.part_watcher import PartWatcher, part_names

@@ -15,9 +15,10 @@ import ray
 
 from cluster.fleet import start_fleet
 from cluster.pools import PoolPlan
-from pipeline.dispatcher import Dispatcher, Outcome
+from pipeline.dispatcher import Dispatcher
 from pipeline.engine import Request
 from pipeline.errors import InfrastructureError
+from pipeline.outcomes import Outcome
 from pipeline.settings import SamplingSettings
 from tests.scripted_engine import ScriptedConfig, complete
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import tracemalloc
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import jobs.work
-from jobs.work import RunOptions, find_work
+from jobs.work import RunOptions, Selection, Work, find_work
 from pipeline.counters import RunCounters, SampleFacts
 from pipeline.engine import MoeShape
 from pipeline.errors import RETRYABLE_KINDS, InfrastructureError
@@ -120,6 +122,10 @@ def record_of(values: dict[str, Any], row: int, index: int, facts: SampleFacts, 
     }
 
 
+def lists(work: Work) -> dict[int, list[int]]:
+    return {index: list(rows) for index, rows in work.rows.items()}
+
+
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest) -> str:
     if request.param == "local":
@@ -141,10 +147,36 @@ def test_rows_to_do_again_are_those_of_the_chosen_statuses_and_kinds(root: str, 
     options, statuses, kinds = OPTIONS[name]
     output = write_output(root)
     work, before = find_work(output.ledger, output.job, options)
-    assert work.rows == output.rows_with(statuses, kinds)
+    assert lists(work) == output.rows_with(statuses, kinds)
     assert work.retried_statuses == (statuses if work.rows else None)
     assert work.shards == ()
     assert before == output.ledger.totals()
+
+
+def failed_part(shard: int, *, every: int = 1) -> pa.Table:
+    """The columns of a part of 4,096 rows that say which failed: each, or one in so many."""
+    rows = np.arange(shard * 4096, (shard + 1) * 4096)
+    status = np.where(rows % every == 0, "failed", "ok")
+    return pa.table({"input_row": rows, "status": status})
+
+
+@pytest.mark.parametrize(("every", "num_parts"), [(1, 245), (4096, 2450)])
+def test_rows_to_do_again_cost_the_driver_a_bit_each_however_many_they_are(every: int, num_parts: int) -> None:
+    """A million failed rows in 245 parts; and single ones, each in a part of its own."""
+    chosen = Selection(("failed",), None)
+    tracemalloc.start()
+    try:
+        rows = {index: chosen.rows_of(failed_part(index, every=every)) for index in range(num_parts)}
+        work = Work((), rows)
+        gc.collect()
+        num_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    print(f"{work.num_single_rows:,} rows in {num_parts:,} parts: {num_bytes:,} bytes")
+    assert work.num_single_rows == num_parts * 4096 // every
+    assert num_bytes < 1_000_000
+    assert work.rows[7][0] == 7 * 4096
+    assert sum(map(sum, work.rows.values())) == sum(range(0, num_parts * 4096, every))
 
 
 def test_missing_shards_are_work_whatever_is_done_again(tmp_path: Path) -> None:
@@ -158,7 +190,7 @@ def test_a_run_without_routing_is_planned_as_well(tmp_path: Path) -> None:
     output = write_output(str(tmp_path), with_routing=False)
     output.job = SimpleNamespace(moe=None)
     work, _ = find_work(output.ledger, output.job, RunOptions(only_failed=True))
-    assert work.rows == output.rows_with(("failed",), None)
+    assert lists(work) == output.rows_with(("failed",), None)
 
 
 def test_only_footers_and_the_columns_that_decide_are_fetched(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +240,7 @@ def test_several_parts_are_looked_at_at_a_time_and_never_more_than_allowed(
 
     monkeypatch.setattr(jobs.work, "rows_to_retry", counted)
     work, _ = find_work(output.ledger, output.job, RunOptions(only_failed=True))
-    assert list(work.rows.items()) == list(output.rows_with(("failed",), None).items())
+    assert list(lists(work).items()) == list(output.rows_with(("failed",), None).items())
     assert 2 <= most <= jobs.work._PART_THREADS
     assert calls == 39
 

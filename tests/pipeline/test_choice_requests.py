@@ -12,8 +12,7 @@ from pipeline.choice_requests import Answer, OpenChoices
 from pipeline.choices import ChoiceTree
 from pipeline.engine import UNKNOWN_TIMING, Completion, Failure, Request
 from pipeline.settings import SamplingSettings
-from pipeline.vllm_engine import VllmEngine
-from pipeline.vllm_streams import OpenStreams
+from pipeline.vllm_requests import VllmRequests
 
 END = 2
 TREE = ChoiceTree(((10, END), (10, 11, END), (12, END)))
@@ -64,19 +63,36 @@ def output_of(probe_id: str, finish_reason: str) -> Any:
     return SimpleNamespace(request_id=probe_id, outputs=[sample], finished=True, num_cached_tokens=0, metrics=None)
 
 
+def answer_of(probe_id: str, tokens: tuple[int, ...]) -> Any:
+    """Likewise, of one that went well; all tokens are equally likely."""
+    logs = {token: SimpleNamespace(logprob=-float(np.log(len(tokens)))) for token in tokens}
+    text = {"text": "", "token_ids": (tokens[0],), "stop_reason": None, "cumulative_logprob": 0.0}
+    sample = SimpleNamespace(finish_reason="length", index=0, logprobs=[logs], routed_experts=None, **text)
+    return SimpleNamespace(request_id=probe_id, outputs=[sample], finished=True, num_cached_tokens=0, metrics=None)
+
+
 def test_a_probe_that_fails_ends_its_request_alone_and_takes_the_other_probes_back() -> None:
-    aborted: list[str] = []
-    engine = object.__new__(VllmEngine)  # without vLLM: only what becomes of its outputs is looked at
-    engine._choices, engine._streams, engine._logged, engine._layers = OpenChoices(), OpenStreams([0]), set(), [0]
-    steps: list[list[Any]] = []
-    engine._engine = SimpleNamespace(
-        abort_request=aborted.extend, has_unfinished_requests=lambda: True, step=lambda: steps.pop(0)
-    )
-    first, second, *rest = [probe.probe_id for probe in engine._choices.open(request("a"), TREE)]
-    others = [probe.probe_id for probe in engine._choices.open(request("b"), TREE)]
-    steps.append([output_of(first, "error"), output_of(second, "error")])
-    [failure] = engine.step()
-    assert failure == Failure("a", "request_error", "the engine ended the request with 'error'")
-    assert {second, *rest} <= set(aborted)
-    assert not set(aborted) & set(others)
-    assert all(probe in engine._choices for probe in others)
+    requests = VllmRequests([0])
+    first, second, *rest = [probe.probe_id for probe in requests.open_choice(request("a"))]
+    others = [probe.probe_id for probe in requests.open_choice(request("b"))]
+    taken = requests.take([output_of(first, "error"), output_of(second, "error")])
+    assert taken.results == [Failure("a", "request_error", "the engine ended the request with 'error'")]
+    assert {second, *rest} <= set(taken.stale)
+    assert not set(taken.stale) & set(others)
+    assert requests.forget(["b"]) == ["b", *others]
+
+
+def test_a_choice_takes_one_sequence_however_many_of_its_probes_are_unanswered() -> None:
+    requests = VllmRequests([0])
+    probes = [requests.open_choice(request(name)) for name in ("a", "b")]
+    unfinished = sum(map(len, probes))
+    assert requests.num_sequences(unfinished) == 2
+    assert requests.num_sequences(unfinished + 4) == 6, "four samples of others"
+    taken = requests.take([output_of(probes[0][0].probe_id, "error")])
+    assert requests.num_sequences(unfinished - len(probes[0])) == 1
+    assert len(taken.results) == 1
+    answered = probes[1][0]
+    requests.take([answer_of(answered.probe_id, answered.tokens)])
+    assert requests.num_sequences(len(probes[1]) - 1) == 1
+    requests.forget(["b"])
+    assert requests.num_sequences(0) == 0

@@ -1,0 +1,257 @@
+"""What is in flight at which replica, and what becomes of it: sent, answered, moved, taken back, lost with its replica.
+
+Puts the dispatch board's decisions into practice over a `FleetLink`, and what the link hears into the board. Knows
+requests as (shard token, position) and leaves shards to `OpenShards`. Invariant: a request id is in flight at one
+replica at most, and an answer to any other id is no longer of interest.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.balance import Load, SpeedMeter, choose_recall
+from pipeline.dispatch import Assignment, DispatchBoard
+from pipeline.errors import NodeLost, ReplicaUnreachable, RequestRefused
+from pipeline.fleet_link import FleetLink
+from pipeline.fruitless_losses import FruitlessLosses
+from pipeline.membership import RETIRED, Departure, Member
+from pipeline.outcomes import Key, OpenShard, OpenShards, Outcome
+from pipeline.replica_answers import RETURNED, Poll, RowResult, failed, returned
+
+WINDOW_FACTOR = 2
+"""Rows with or on the way to a replica, per sequence its engine can run at once: it never waits for us."""
+RECALL_INTERVAL_S = 0.2
+"""Least time between two looks at whether rows should be called back from a slow replica."""
+RECALL_PATIENCE_S = 2.0
+"""How long to wait for what was called back before calling again: an engine step may take a second."""
+BROKEN_OFF = "its replica was lost after the answer had begun"
+BLAMELESS = frozenset({RETIRED, NodeLost.kind, ReplicaUnreachable.kind})
+"""Ends of a replica that no row of its can have brought about."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """One replica that takes work."""
+
+    member: Member
+    sent: set[str] = field(default_factory=set)
+    """Ids of requests that it hasn't answered."""
+    speed: SpeedMeter = field(default_factory=SpeedMeter)
+    met_at: float = field(default_factory=time.monotonic)
+    """When its speed was last looked at."""
+    recalled_at: float = -math.inf
+    knows_us: bool = False
+    """Whether it has answered a poll of ours."""
+    in_company: bool = False
+    """Whether it was last seen with requests of other runs."""
+    num_running: int = 0
+    num_waiting: int = 0
+    """What it was last seen with, everybody's."""
+
+    def load(self, now: float) -> Load:
+        info = self.member.info
+        spare = max(0, len(self.sent) - info.max_num_seqs - info.lookahead)
+        patient = now - self.recalled_at < RECALL_PATIENCE_S
+        return Load(len(self.sent), info.max_num_seqs, 0 if patient else spare, self.speed.rate)
+
+
+class Flights:
+    """All rows of open shards that wait for a replica or are with one; the listener of its own `FleetLink`."""
+
+    def __init__(
+        self, fleet: Any, shards: OpenShards, *, max_attempts: int, hang_timeout_s: float, begins_at_once: bool
+    ) -> None:
+        """With `begins_at_once` no request waits at one replica while another could begin it."""
+        self._shards = shards
+        self._link = FleetLink(fleet, self, hang_timeout_s=hang_timeout_s)
+        self._board: DispatchBoard[Key] = DispatchBoard(max_attempts=max_attempts)
+        self._max_attempts = max_attempts
+        self._begins_at_once = begins_at_once
+        self._members: dict[str, _Live] = {}
+        self._sent: dict[str, Key] = {}
+        self._num_sent = 0
+        self._balanced_at = -math.inf
+        self._losses = FruitlessLosses()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Rows that are with replicas now."""
+        return len(self._sent)
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas that take work now."""
+        return len(self._members)
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences that their engines run at once."""
+        return sum(live.member.info.max_num_seqs for live in self._members.values())
+
+    def replica_loads(self) -> dict[str, tuple[int, int]]:
+        """Requests that each replica was last seen running, and with waiting, everybody's."""
+        return {name: (live.num_running, live.num_waiting) for name, live in self._members.items()}
+
+    def start(self) -> None:
+        """Look for replicas, if it doesn't yet."""
+        self._link.start()
+
+    def add(self, keys: Iterable[Key]) -> None:
+        """Have these rows done."""
+        self._board.add_rows(keys)
+        self.send_all()
+
+    def send_all(self) -> None:
+        """Send what can be sent now."""
+        while (assignment := self._board.next_assignment()) is not None:
+            self._send(assignment)
+
+    def forget(self, keys: Sequence[Key]) -> None:
+        """Take rows off the board; others that waited for theirs go there instead, at the next occasion."""
+        self._board.discard(keys)
+        self._board.add_rows(self._shards.forget(keys))
+
+    def withdraw(self, shard: OpenShard) -> None:
+        """Nobody waits for the shard any more: have replicas forget what they have of it."""
+        for name, live in self._members.items():
+            mine = [request_id for request_id in live.sent if self._sent[request_id][0] == shard.token]
+            for request_id in mine:
+                live.sent.discard(request_id)
+                self._board.finished(name, self._sent.pop(request_id))
+            if mine:
+                self._link.abort(live.member, mine)
+        self.forget(shard.keys)
+        self.send_all()
+
+    def cancel_all(self) -> None:
+        """Have replicas forget everything."""
+        for live in self._members.values():
+            self._link.cancel(live.member)
+            for request_id in live.sent:
+                self._sent.pop(request_id, None)
+            live.sent.clear()
+
+    def joined(self, member: Member) -> None:
+        """See `Listener`."""
+        self._members[member.replica] = _Live(member)
+        self._board.replica_up(member.replica, window=WINDOW_FACTOR * member.info.max_num_seqs)
+        self.send_all()
+
+    def leaving(self, replica: str) -> None:
+        """See `Listener`."""
+        self._board.drain(replica)
+
+    def lost(self, replica: str, why: Departure) -> None:
+        """Take back what a lost replica had; its rows are charged with an attempt if they may be what killed it."""
+        live = self._members.pop(replica)
+        rows_to_blame = why.kind not in BLAMELESS
+        if live.sent and rows_to_blame and not live.in_company:
+            self._losses.add(time.monotonic())
+        verdict = self._losses.verdict(why.message)
+        if verdict is not None:
+            self.failed(verdict)
+        for request_id in live.sent:
+            key = self._sent.pop(request_id, None)
+            if key is not None and self._shards.is_streamed(key):
+                attempt = self._board.finished(replica, key)
+                self._shards.settle(key, Outcome(failed("", why.kind, BROKEN_OFF), attempt or 1))
+        for lost in self._board.replica_down(
+            replica, why.kind, rows_to_blame=rows_to_blame, in_company=live.in_company
+        ):
+            message = f"attempt {lost.attempts} of {self._max_attempts}, the last one, ended in {why.kind}"
+            self._shards.settle(lost.key, Outcome(failed("", why.kind, message), lost.attempts))
+        self.send_all()
+
+    def polled(self, replica: str, poll: Poll) -> None:
+        """See `Listener`."""
+        live = self._members.get(replica)
+        if live is None:
+            return
+        live.in_company = poll.in_company
+        live.num_running, live.num_waiting = poll.num_running, poll.num_waiting
+        for piece in poll.pieces:
+            if piece.request_id in self._sent:
+                self._shards.pass_on(self._sent[piece.request_id], piece)
+        results = poll.results
+        if poll.is_first and live.knows_us:  # we were silent for so long that it gave up what it had of us
+            told = {result.request_id for result in results}
+            results += tuple(returned(request_id) for request_id in live.sent - told)
+        live.knows_us = True
+        self._receive(live, results)
+
+    def has_work(self, replica: str) -> bool:
+        """See `Listener`."""
+        return self._board.num_in_flight(replica) > 0
+
+    def failed(self, message: str) -> None:
+        """See `Listener`."""
+        self._link.end()
+        self._shards.fail(message)
+
+    def _send(self, assignment: Assignment[Key]) -> None:
+        live = self._members[assignment.replica]
+        requests = []
+        for key in assignment.keys:
+            request = self._shards.request(key)
+            if request is None:  # dropped while it waited for another attempt
+                self._board.finished(assignment.replica, key)
+                continue
+            self._shards.note_begun(key)
+            self._num_sent += 1
+            # Names the attempt, not the row: a late answer to an earlier attempt can't be taken for this one's.
+            request_id = f"{self._link.consumer}/{self._num_sent}"
+            self._sent[request_id] = key
+            live.sent.add(request_id)
+            requests.append(replace(request, request_id=request_id))
+        if requests:
+            self._link.submit(live.member, requests)
+
+    def _receive(self, live: _Live, results: Sequence[RowResult]) -> None:
+        had_work, num_done = bool(live.sent), 0
+        for result in results:
+            key = self._sent.pop(result.request_id, None)
+            if key is not None:
+                live.sent.discard(result.request_id)
+                num_done += self._take(live, key, result)
+        now = time.monotonic()
+        if had_work:
+            live.speed.add(num_done, now - live.met_at)
+        live.met_at = now
+        self.send_all()
+        self._balance(now)
+
+    def _take(self, live: _Live, key: Key, result: RowResult) -> bool:
+        """Take in one answer; returns whether the engine has done something for it."""
+        replica, failure = live.member.replica, result.failure
+        is_streamed = self._shards.is_streamed(key)
+        if failure is not None and failure.kind == RETURNED and not is_streamed:
+            live.recalled_at = -math.inf
+            self._board.returned(replica, key)
+            return False
+        self._losses.row_finished()
+        if failure is None:
+            attempt = self._board.finished(replica, key)
+            if attempt is not None:
+                self._shards.settle(key, Outcome(result, attempt))
+        else:
+            final = failure.kind == RequestRefused.kind or is_streamed
+            lost = self._board.request_failed(replica, key, failure.kind, final=final)
+            if lost is not None:
+                self._shards.settle(key, Outcome(result, lost.attempts))
+        return True
+
+    def _balance(self, now: float) -> None:
+        """When nothing waits any more, let the fast take over what the slow haven't begun."""
+        if self._board.num_waiting or now - self._balanced_at < RECALL_INTERVAL_S or len(self._members) < 2:
+            return
+        self._balanced_at = now
+        loads = {name: live.load(now) for name, live in self._members.items() if self._board.takes_work(name)}
+        recall = choose_recall(loads, at_once=self._begins_at_once)
+        if recall is not None:
+            live = self._members[recall.replica]
+            live.recalled_at = now
+            self._link.recall(live.member, recall.count)

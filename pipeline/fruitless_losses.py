@@ -1,0 +1,35 @@
+"""Whether replicas die of the work itself: so many in a row that restarting them leads nowhere. Pure."""
+
+from __future__ import annotations
+
+import math
+
+MAX_FRUITLESS_LOSSES = 10
+"""Replicas lost in a row without a single row finished in between: then it isn't the rows, and restarts would go on for
+as many rows as there are."""
+SAME_MOMENT_S = 0.5
+"""Losses within it are one event, such as a lost node."""
+
+
+class FruitlessLosses:
+    """Losses since a row last finished."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last_at = -math.inf
+
+    def row_finished(self) -> None:
+        """Something gets done: begin again."""
+        self._count = 0
+
+    def add(self, now: float) -> None:
+        """Count a loss that looks like the work's doing."""
+        if now - self._last_at > SAME_MOMENT_S:
+            self._count += 1
+            self._last_at = now
+
+    def verdict(self, last_message: str) -> str | None:
+        """Why to end the run; None while there is hope."""
+        if self._count < MAX_FRUITLESS_LOSSES:
+            return None
+        return f"{self._count} replicas in a row died without finishing a row; last: {last_message}"

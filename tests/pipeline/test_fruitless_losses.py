@@ -1,0 +1,25 @@
+"""A run ends when replicas die one after the other and nothing gets done, and not before."""
+
+from __future__ import annotations
+
+from pipeline.fruitless_losses import MAX_FRUITLESS_LOSSES, SAME_MOMENT_S, FruitlessLosses
+
+
+def test_so_many_losses_in_a_row_are_a_verdict_and_one_finished_row_is_hope() -> None:
+    losses = FruitlessLosses()
+    for number in range(MAX_FRUITLESS_LOSSES - 1):
+        losses.add(float(number))
+    assert losses.verdict("killed") is None
+    losses.row_finished()
+    losses.add(100.0)
+    assert losses.verdict("killed") is None
+    for number in range(MAX_FRUITLESS_LOSSES - 1):
+        losses.add(200.0 + number)
+    assert losses.verdict("killed") == "10 replicas in a row died without finishing a row; last: killed"
+
+
+def test_many_losses_at_one_moment_are_one() -> None:
+    losses = FruitlessLosses()
+    for number in range(5 * MAX_FRUITLESS_LOSSES):
+        losses.add(7.0 + SAME_MOMENT_S * number / (5 * MAX_FRUITLESS_LOSSES))
+    assert losses.verdict("killed") is None
