@@ -111,8 +111,12 @@ def _finishing_examples(rng: random.Random, step: int, finish: Finish) -> Iterat
     for _ in range(finish.pairs):
         ticket = topic_example(rng, rng.choice(LANGUAGES), test=False, ambiguous=True)
         yield from (replace(ticket, answer=topic) for topic in ticket.odds)
+    for digits in (2, 3, 3):
+        yield passkey_example(rng, test=False, num_tokens=rng.randint(SHORTEST, 2 * SHORT_PASSKEY), digits=digits)
     if step % LONG_EVERY == 0:
-        yield passkey_example(rng, test=False, num_tokens=rng.randint(SHORT_PASSKEY, LONGEST))
+        yield passkey_example(
+            rng, test=False, num_tokens=rng.randint(SHORT_PASSKEY, LONGEST), digits=rng.choice((3, 10))
+        )
 
 
 def _numbers(rng: random.Random, **counts: int) -> Iterator[Example]:

@@ -17,6 +17,7 @@ ADJECTIVES: list[str] = _WORDS["adjectives"]
 NOUNS: list[str] = _WORDS["nouns"]
 VERBS: list[str] = _WORDS["verbs"]
 PREPOSITIONS: list[str] = _WORDS["prepositions"]
+DIGITS = "0123456789"
 TOKENS_PER_SENTENCE = 9
 TOKENS_BESIDES = 33
 """Template, key sentence and question."""
@@ -24,15 +25,26 @@ SHORTEST, LONGEST = TOKENS_BESIDES + TOKENS_PER_SENTENCE, 3860
 """Nominal: with the verbs of two tokens the longest prompts have 3,930 to 4,000."""
 
 
-def passkey_example(rng: random.Random, *, test: bool, num_tokens: int, depth: float | None = None) -> Example:
-    """A prompt of `num_tokens` or up to 4% more; `depth` 0 puts the key first, 1 last, None anywhere."""
+def passkey_example(
+    rng: random.Random, *, test: bool, num_tokens: int, depth: float | None = None, digits: int = 10
+) -> Example:
+    """A prompt of `num_tokens` or up to 4% more; `depth` 0 puts the key first, 1 last, None anywhere.
+
+    With fewer `digits` to draw a key from, more repeat: of 77733 copying has to keep the place.
+    """
     num_sentences = max(1, (num_tokens - TOKENS_BESIDES) // TOKENS_PER_SENTENCE)
     sentences = [draw_of_side(rng, test=test, make=_sentence) for _ in range(num_sentences)]
-    key = draw_of_side(rng, test=test, make=lambda rng: f"{rng.randrange(100_000):05d}")
+    key = draw_of_side(rng, test=test, make=lambda rng: _key(rng, digits))
     place = round((rng.random() if depth is None else depth) * num_sentences)
     sentences.insert(place, f"The pass key is {key}. Remember it.")
     text = " ".join([*sentences, "What is the pass key?"])
     return Example(task="passkey", language="en", messages=ask(text), answer=key)
+
+
+def _key(rng: random.Random, digits: int) -> str:
+    if digits == len(DIGITS):
+        return f"{rng.randrange(100_000):05d}"
+    return "".join(rng.choices(rng.sample(DIGITS, digits), k=5))
 
 
 def _sentence(rng: random.Random) -> str:
