@@ -17,6 +17,7 @@ from cluster.pools import PoolPlan
 from cluster.serve_app import end_endpoint, start_endpoint
 from cluster.serve_settings import ServeSettings
 from cluster.warm import WarmFleet, raise_fleet, take_down
+from jobs.batch_runner import ProcessRunner
 from pipeline.model import fetch_model
 from pipeline.settings import ModelSettings
 from tests.driver_processes import wait_until
@@ -84,7 +85,7 @@ def served(
         wait_until(lambda: ray.get(fleet.status.remote())["replicas_up"] == replicas, "replicas")
         port = free_port()
         began = time.monotonic()
-        start_endpoint(name, ServeSettings(port=port, **settings))
+        start_endpoint(name, ServeSettings(port=port, **settings), ProcessRunner())
         try:
             url = f"http://127.0.0.1:{port}"
             keys = settings.get("keys")

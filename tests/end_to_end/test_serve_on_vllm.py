@@ -12,6 +12,7 @@ import pytest
 
 from cluster.serve_app import end_endpoint, start_endpoint
 from cluster.serve_settings import ServeSettings
+from jobs.batch_runner import ProcessRunner
 from jobs.run import RunOptions, run_job
 from tests.endpoints import free_port
 from tests.whole_runs import make_job, read_output, write_prompts
@@ -24,7 +25,7 @@ FLEET = "vllm"
 @pytest.fixture(scope="module")
 def client(vllm_fleet: Any) -> Iterator[openai.OpenAI]:
     port = free_port()
-    start_endpoint(FLEET, ServeSettings(port=port, model_name="tiny"))
+    start_endpoint(FLEET, ServeSettings(port=port, model_name="tiny"), ProcessRunner())
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0, timeout=60) as found:
         yield found
     end_endpoint()
