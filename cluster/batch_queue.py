@@ -79,6 +79,8 @@ class BatchRunner(Protocol):
 class _Going:
     process: Process
     step: Step
+    writes_results: bool
+    """Whether that is all that it was started for: then an order to end would keep the batch from its end."""
     told_at: float | None = None
     """When it was asked to end."""
 
@@ -174,7 +176,8 @@ class BatchQueue:
             status: End = "cancelled" if facts.cancel is not None else "expired"
             folder.note_ended(Ended(at=int(self.now()), status=status, counts=counts))
         elif sum(going.step == step for going in self._going.values()) < (self.at_once if step == "run" else 1):
-            self._going[folder.path] = _Going(self.runner.start(step, folder.path, self.served), step)
+            process = self.runner.start(step, folder.path, self.served)
+            self._going[folder.path] = _Going(process, step, writes_results=is_to_end(facts, self.now()))
 
     def _watch(self, path: Path, going: _Going) -> None:
         exit_code = going.process.poll()
@@ -183,7 +186,8 @@ class BatchQueue:
             del self._going[path]
             self._note_exit(path, facts, exit_code, was_told=going.told_at is not None)
         elif going.told_at is None:
-            if self._closed or (going.step == "run" and facts.finalizing is None and is_to_end(facts, self.now())):
+            runs_on = going.step == "run" and facts.finalizing is None and not going.writes_results
+            if self._closed or (runs_on and is_to_end(facts, self.now())):
                 going.process.terminate()
                 going.told_at = self.now()
         elif self.now() - going.told_at > self.served.drain_timeout_s + KILL_AFTER_S:

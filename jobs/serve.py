@@ -110,6 +110,8 @@ def serve(plan: ServePlan, *, say: Callable[[str], None]) -> None:
         start_endpoint(plan.name, plan.settings, ProcessRunner())
         took_s = time.monotonic() - began
         say(f"{plan.url}/v1 answers for model {plan.model_name!r} (up in {took_s:.1f} s); Ctrl-C ends it")
+        if plan.settings.batches is not None:
+            say(f"files and batches are kept in {plan.settings.batches}; what isn't done goes on with the next start")
         try:
             with interrupts.watched():
                 _until_interrupted(interrupts)
