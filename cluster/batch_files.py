@@ -118,16 +118,16 @@ class FileShelf:
         for each in (path.with_suffix(".json"), path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(each)
+            self._known.pop(each, None)
         return True
 
     def _read(self, path: Path) -> StoredFile | None:
         """From memory, once read: thousands may be listed again and again."""
+        known = self._known.get(path)
+        if known is not None and path.exists():
+            return known
         try:
-            if path not in self._known:
-                self._known[path] = StoredFile.model_validate_json(path.read_bytes())
-            elif not path.exists():
-                raise FileNotFoundError
+            read = self._known[path] = StoredFile.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            self._known.pop(path, None)
             return None
-        return self._known[path]
+        return read

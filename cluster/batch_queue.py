@@ -18,7 +18,7 @@ from typing import Protocol
 
 from openai.types import BatchError, BatchRequestCounts
 
-from cluster.batch_records import BatchFacts, BatchFolder, BatchRecords, End, Ended
+from cluster.batch_records import LOG, BatchFacts, BatchFolder, BatchRecords, End, Ended
 from cluster.batch_states import NO_COUNTS, Step, is_over, is_to_end, next_step
 from pipeline.settings import ModelSettings
 
@@ -200,7 +200,7 @@ class BatchQueue:
         failures = self._failures.setdefault(path, _Failures())
         failures.count += 1
         failures.not_before = self.now() + min(LONGEST_WAIT_S, 2.0**failures.count)
-        logger.warning("%s: process ended with %d, %d times in a row", path.name, exit_code, failures.count)
+        logger.warning("a process ended with %d, number %d in a row; see %s", exit_code, failures.count, path / LOG)
         if failures.count >= MAX_FAILURES:
             live = self.runner.counts(path) or NO_COUNTS
             self._open[path].note_ended(Ended(at=int(self.now()), status="failed", counts=live, errors=[CANNOT_RUN]))

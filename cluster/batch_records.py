@@ -15,6 +15,7 @@ that starts again knows all that the last one knew.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
@@ -225,7 +226,9 @@ def _folders(owner: Path) -> Iterator[BatchFolder]:
                 yield BatchFolder(path)
 
 
+@functools.lru_cache(maxsize=100_000)
 def _created_ns(folder: BatchFolder) -> int:
+    """From memory, once read: it never changes, and thousands may be listed again and again."""
     return Created.model_validate_json((folder.path / "batch.json").read_bytes()).created_ns
 
 

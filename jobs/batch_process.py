@@ -75,7 +75,8 @@ def _run(batch: BatchFolder, address: str) -> int:
     from jobs.spec import load_spec
 
     job = prepare(load_spec(batch.path / SPEC, []))
-    return int(run_job(job, RunOptions(quiet=True, ray=address), say=_say)["exit_code"])
+    options = RunOptions(quiet=True, ray=address, run_id=batch.path.name)
+    return int(run_job(job, options, say=_say)["exit_code"])
 
 
 @contextlib.contextmanager

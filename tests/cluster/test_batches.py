@@ -173,10 +173,8 @@ def test_a_file_that_holds_no_requests_fails_with_the_numbers_of_its_lines(clien
         (8, "missing_required_parameter", "body"),
         (9, "missing_required_parameter", "custom_id"),
     ]
-    empty = until_over(client, create(client, ["", ""]))
-    assert empty.errors is not None
-    assert [error.code for error in empty.errors.data or []] == ["empty_file"]
-    assert [batch.id for batch in client.batches.list(limit=1)] == [empty.id, failed.id], "over two pages"
+    later = create(client, ["{no request"])
+    assert [batch.id for batch in client.batches.list(limit=1)] == [later.id, failed.id], "over two pages"
     with pytest.raises(openai.ConflictError, match="is failed and can't be cancelled"):
         client.batches.cancel(failed.id)
 

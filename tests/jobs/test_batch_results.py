@@ -124,6 +124,9 @@ def test_a_file_is_read_to_its_first_hundred_errors(tmp_path: Path) -> None:
     assert (num_requests, len(errors)) == (MAX_ERRORS, MAX_ERRORS)
     good = write_lines(tmp_path / "good.jsonl", [raw_line("a", prompt="x"), raw_line("b", prompt="x", tools=[1])])
     assert check_requests(str(good), endpoint="/v1/completions", model="m") == (2, [])
+    blank = write_lines(tmp_path / "blank.jsonl", ["", " "])
+    num_requests, [error] = check_requests(str(blank), endpoint="/v1/completions", model="m")
+    assert (num_requests, error.code, error.line) == (0, "empty_file", None)
 
 
 def test_of_several_processes_for_one_batch_one_works_at_a_time(tmp_path: Path) -> None:
