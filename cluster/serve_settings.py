@@ -38,8 +38,8 @@ class ServeSettings(Settings):
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """When the endpoint ends, how long answers that have begun may take."""
     batches: Annotated[str, Field(pattern="^/")] | None = None
-    """Directory on the head node for `/v1/files` and `/v1/batches`, an absolute path that outlives the endpoint: the next
-    one there goes on with what isn't done. Null for neither."""
+    """Directory on the head node for `/v1/files` and `/v1/batches`, an absolute path. It outlives the endpoint: the
+    next one goes on with what isn't done. Null for neither."""
     batches_at_once: Annotated[int, Field(ge=1, le=64)] = 2
     """Batches that are run at the same time; others wait in order. Each reads and templates on the head node."""
     max_file_bytes: Annotated[int, Field(ge=1024, le=64 << 30)] = 200 << 20
