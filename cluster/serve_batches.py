@@ -18,6 +18,7 @@ from openai.types import Batch, FileDeleted, FileObject
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
+from cluster import batch_files, batch_records
 from cluster.batch_files import FileShelf, new_file_id
 from cluster.batch_queue import BatchQueue
 from cluster.batch_records import BatchFolder, BatchRecords, new_batch
@@ -87,8 +88,9 @@ def open_desk(root: Path, make_queue: Callable[[BatchRecords], BatchQueue], sett
         SpecError: nothing can be written there.
     """
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        root.chmod(0o700)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in (batch_files.FILES, batch_records.BATCHES):
+            (root / name).mkdir(exist_ok=True)
         records = BatchRecords(root)
         return BatchDesk(root, FileShelf(root), records, make_queue(records), settings)
     except OSError as error:
