@@ -136,6 +136,20 @@ def test_a_rayservice_is_what_serve_and_we_can_read() -> None:
     assert any(file.serve.keys.startswith(mount["mountPath"]) for mount in container["volumeMounts"])
 
 
+def test_a_rayservice_keeps_batches_on_a_volume_or_is_refused(tmp_path: Path) -> None:
+    def manifest_with(path: str) -> str:
+        file = yaml.safe_load(EXAMPLE.read_text())
+        file["serve"] = {**file.get("serve", {}), "batches": path}
+        file["cluster"]["volumes"] = [{"claim": "rows", "path": "/rows"}]
+        (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(file))
+        return write_manifest(tmp_path / "fleet.yaml", target="rayservice", job=None, output=None)
+
+    assert "batches: /rows/batches" in manifest_with("/rows/batches")
+    for path in ("/var/batches", "/rowsbatches"):
+        with pytest.raises(SpecError, match=f"serve.batches {path} lies in no volume"):
+            manifest_with(path)
+
+
 def test_people_go_before_every_run_and_a_seed_is_kept(tiny: PromptMaker) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "seed": 7, "stop": "x", "max_tokens": 5}
     [request] = tiny.chat(ChatRequest.model_validate(body)).requests
