@@ -125,6 +125,10 @@ def test_files_are_kept_listed_sent_back_and_deleted_whatever_they_are_called(cl
         with pytest.raises(openai.NotFoundError, match="you have no file"):
             gone(made[0].id)
     assert len(client.files.list().data) == 3
+    for wrong in ({"limit": 0}, {"order": "up"}, {"after": made[0].id}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.files.list(**wrong)  # type: ignore[arg-type]
+        assert refused.value.param == next(iter(wrong))
 
 
 def test_nobody_sees_uses_or_deletes_what_is_anothers(client: openai.OpenAI, endpoint: Served) -> None:
@@ -276,7 +280,7 @@ def test_an_endpoint_that_starts_again_goes_on_with_its_batches(
     killed: bool, client: openai.OpenAI, endpoint: Served
 ) -> None:
     """Whether it was ended in peace or its process died."""
-    batch = create(client, [chat_line(f"r{n}", f"question {n}") for n in range(2000)])
+    batch = create(client, [chat_line(f"r{n}", f"question {n}") for n in range(1000)])
     wait_until(lambda: progress(client, batch) > 0, "requests are answered")
     if killed:
         [ingress] = processes_below(os.getpid(), f"ServeReplica:{APPLICATION}")
@@ -287,9 +291,9 @@ def test_an_endpoint_that_starts_again_goes_on_with_its_batches(
     wait_until(lambda: answers(client), "it answers again")
     done = until_over(client, batch)
     assert done.status == "completed"
-    assert [line["custom_id"] for line in lines_of(client, done.output_file_id)] == [f"r{n}" for n in range(2000)]
+    assert [line["custom_id"] for line in lines_of(client, done.output_file_id)] == [f"r{n}" for n in range(1000)]
     [log] = endpoint.batches.glob(f"*/{batch.id}/process.log")
-    assert re.search(r"resumes .*: [1-9][\d,]* of 2,000 rows already committed", log.read_text())
+    assert re.search(r"resumes .*: [1-9][\d,]* of 1,000 rows already committed", log.read_text())
 
 
 def progress(client: openai.OpenAI, batch: Batch) -> int:
