@@ -15,6 +15,7 @@ from cluster.manifests_kuberay import checked_name, cluster_spec, head_of, token
 from cluster.node_groups import NodeGroup
 from cluster.serve_settings import ServeSettings
 from cluster.yaml_text import Commented, yaml_text
+from pipeline.errors import SpecError
 
 KEYS_FOLDER = "/etc/tramontane/api-keys"
 KEYS_ENTRY = "keys"
@@ -24,8 +25,13 @@ _IN_SERVICE = ("spec", "rayClusterConfig")
 
 
 def rayservice(file: FleetFile, groups: Sequence[NodeGroup]) -> list[Commented]:
-    """A cluster that stays, with an endpoint on port `serve.port` of the service `NAME-serve-svc`."""
+    """A cluster that stays, with an endpoint on port `serve.port` of the service `NAME-serve-svc`.
+
+    Raises:
+        SpecError: batches would be gone with the head's pod.
+    """
     name = checked_name(file)
+    _check_batches(file)
     namespace = file.cluster.namespace
     cluster = cluster_spec(file, groups, with_job=False)
     _mount_keys(cluster["headGroupSpec"]["template"]["spec"], name, file.serve)
@@ -45,6 +51,16 @@ def rayservice(file: FleetFile, groups: Sequence[NodeGroup]) -> list[Commented]:
         f"  kubectl -n {namespace} port-forward service/{name}-serve-svc {file.serve.port}",
     ]
     return [Commented(data, head, cluster_notes(_IN_SERVICE, groups))]
+
+
+def _check_batches(file: FleetFile) -> None:
+    path = file.serve.batches
+    folders = [volume.path.rstrip("/") + "/" for volume in file.cluster.volumes]
+    if path is not None and not f"{path}/".startswith(tuple(folders)):
+        raise SpecError(
+            f"serve.batches {path} lies in no volume of the pods, so files and batches would be gone with the head's "
+            "pod; add a volume to cluster.volumes, and choose a folder below its path"
+        )
 
 
 def _secret(name: str) -> str:

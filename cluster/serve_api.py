@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from cluster.serve_answers import Answer
+from cluster.serve_batches import BATCHES, FILES, BatchDesk, add_batch_routes
 from cluster.serve_errors import HANGED_UP, SERVER, ApiError, of_validation, overloaded
 from cluster.serve_generation import Generation, Told
 from cluster.serve_http import EventStream, Gate, HungUp, unless_hung_up
@@ -38,10 +39,11 @@ from pipeline.replica_answers import RowResult
 CHAT, COMPLETIONS, MODELS, HEALTH, METRICS = (
     *("/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/metrics"),
 )
-ROUTES = (CHAT, COMPLETIONS, MODELS, HEALTH, METRICS)
+ROUTES = (CHAT, COMPLETIONS, MODELS, HEALTH, METRICS, FILES, BATCHES)
 OWNER = "tramontane"
-_STATUSES = {400: "the request is wrong", 401: "no valid key", 404: "no such model", 408: "the body came too slowly"}
-_STATUSES |= {413: "the body is too large", 429: "too many requests", 500: "the engine failed"}
+_STATUSES = {400: "the request is wrong", 401: "no valid key", 404: "no such thing", 408: "the body came too slowly"}
+_STATUSES |= {409: "it is too late for that", 413: "the body is too large", 429: "too many requests"}
+_STATUSES |= {500: "the engine failed"}
 _STATUSES |= {503: "no room", 504: "it took too long"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text} for status, text in _STATUSES.items()
@@ -71,6 +73,8 @@ class Endpoint:
     generation: Generation
     metrics: Metrics
     settings: ServeSettings
+    batches: BatchDesk | None = None
+    """None where there are none."""
 
 
 def make_app(endpoint: Endpoint) -> Any:
@@ -85,6 +89,7 @@ def make_app(endpoint: Endpoint) -> Any:
     app.add_api_route(HEALTH, api.health, methods=["GET"], response_model=Health, responses=ERRORS)
     text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **ERRORS}
     app.add_api_route(METRICS, api.metrics, methods=["GET"], response_class=Response, responses=text)
+    add_batch_routes(app, endpoint.batches, ERRORS)
     for kind, answer in ((ApiError, _refused), (RequestValidationError, _invalid), (HTTPException, _no_route)):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, _failed)

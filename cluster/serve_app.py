@@ -6,8 +6,11 @@ a run's stages would be waiting for. Invariant: it starts no engine and ends non
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
+from cluster.batch_queue import BatchQueue, BatchRunner, Served
 from cluster.serve_settings import ServeSettings
 from cluster.warm import HEAD, WarmFleet, describe_fleet, find_fleet
 from pipeline.errors import InfrastructureError, SpecError
@@ -22,11 +25,11 @@ START_TIMEOUT_S = 120.0
 class Ingress:
     """What Serve runs: one endpoint."""
 
-    def __init__(self, fleet: str, settings: ServeSettings) -> None:
+    def __init__(self, fleet: str, settings: ServeSettings, runner: BatchRunner) -> None:
         """Find the fleet and load its tokenizer; runs on Serve's event loop, before there are requests.
 
         Raises:
-            SpecError: there is no such fleet, or its model can't be had.
+            SpecError: there is no such fleet, its model can't be had, or the batches' directory can't be used.
         """
         from cluster.serve_generation import Generation
 
@@ -35,6 +38,21 @@ class Ingress:
         self._warm = describe_fleet(handle)
         self._prompts = _prompt_maker(self._warm, settings)
         self._generation = Generation(handle, settings)
+        self._desk = self._open_desk(runner) if settings.batches is not None else None
+
+    def _open_desk(self, runner: BatchRunner) -> Any:
+        """The batches, those of an earlier endpoint included, which go on at once."""
+        from cluster.serve_batches import open_desk
+
+        served = _served(self._warm, self._settings)
+        at_once = self._settings.batches_at_once
+        desk = open_desk(
+            Path(str(self._settings.batches)),
+            lambda records: BatchQueue(records, runner, served, at_once=at_once),
+            self._settings,
+        )
+        self._working = asyncio.get_running_loop().create_task(desk.queue.work())
+        return desk
 
     def __serve_build_asgi_app__(self) -> Any:
         """The ASGI application; Serve asks for it after the constructor."""
@@ -43,10 +61,10 @@ class Ingress:
         from cluster.serve_api import Endpoint, make_app
         from cluster.serve_metrics import Metrics
 
-        name = self._settings.model_name or self._warm.name
+        name = _model_name(self._warm, self._settings)
         model = Model(id=name, created=int(self._warm.started_at), object="model", owned_by=APPLICATION)
         metrics = Metrics(self._generation.replica_loads, self._warm.moe)
-        return make_app(Endpoint(model, self._prompts, self._generation, metrics, self._settings))
+        return make_app(Endpoint(model, self._prompts, self._generation, metrics, self._settings, self._desk))
 
     async def check_health(self) -> None:
         """Raise once the fleet is gone; Serve then starts another ingress, which looks for it anew."""
@@ -54,12 +72,34 @@ class Ingress:
             raise InfrastructureError(self._generation.failure)
 
     async def drain(self) -> bool:
-        """Let nobody in any more and wait for the rest; returns whether all is done."""
-        return await self._generation.drain()
+        """Let nobody in any more and wait for the rest; returns whether all is done, but for batches, which go on."""
+        if self._desk is None:
+            return await self._generation.drain()
+        done, _ = await asyncio.gather(self._generation.drain(), self._desk.queue.close())
+        return done
 
     async def num_replicas(self) -> int:
         """Replicas of the fleet that it can send requests to."""
         return self._generation.num_replicas
+
+
+def _model_name(warm: WarmFleet, settings: ServeSettings) -> str:
+    return settings.model_name or warm.name
+
+
+def _served(warm: WarmFleet, settings: ServeSettings) -> Served:
+    import ray
+
+    return Served(
+        fleet=warm.name,
+        address=ray.get_runtime_context().gcs_address,
+        model_name=_model_name(warm, settings),
+        model=warm.model,
+        captures_routing=warm.moe is not None,
+        marker_text=settings.marker_text,
+        request_timeout_s=settings.request_timeout_s,
+        drain_timeout_s=settings.drain_timeout_s,
+    )
 
 
 def _prompt_maker(warm: WarmFleet, settings: ServeSettings) -> Any:
@@ -75,8 +115,8 @@ def _prompt_maker(warm: WarmFleet, settings: ServeSettings) -> Any:
     )
 
 
-def application(fleet: str, settings: ServeSettings) -> Any:
-    """The Serve application of an endpoint on the fleet of this name."""
+def application(fleet: str, settings: ServeSettings, runner: BatchRunner) -> Any:
+    """The Serve application of an endpoint on the fleet of this name; `runner` starts its batches' processes."""
     from ray import serve
 
     deployment = serve.deployment(
@@ -89,7 +129,7 @@ def application(fleet: str, settings: ServeSettings) -> Any:
         health_check_period_s=2,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )(serve.ingress()(Ingress))
-    return deployment.bind(fleet, settings)
+    return deployment.bind(fleet, settings, runner)
 
 
 def check_reach(settings: ServeSettings) -> None:
@@ -105,7 +145,7 @@ def check_reach(settings: ServeSettings) -> None:
         )
 
 
-def start_endpoint(fleet: str, settings: ServeSettings) -> None:
+def start_endpoint(fleet: str, settings: ServeSettings, runner: BatchRunner) -> None:
     """Start the endpoint in the Ray that this process is connected to; returns when it answers.
 
     Raises:
@@ -123,7 +163,7 @@ def start_endpoint(fleet: str, settings: ServeSettings) -> None:
         http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 30},
     )
     try:
-        serve.run(application(fleet, settings), name=APPLICATION, route_prefix="/", blocking=False)
+        serve.run(application(fleet, settings, runner), name=APPLICATION, route_prefix="/", blocking=False)
     except (RuntimeError, TimeoutError) as error:
         serve.shutdown()
         raise InfrastructureError(f"the endpoint doesn't start: {str(error)[:1000]}") from error

@@ -89,7 +89,7 @@ def overloaded(message: str, *, retry_after_s: int = 1) -> ApiError:
 def of_validation(details: Sequence[Any]) -> ApiError:
     """A body that isn't what it should be, in pydantic's words; the first of its problems."""
     detail = details[0]
-    path = [str(part) for part in detail["loc"] if part != "body"]
+    path = [str(part) for part in detail["loc"][detail["loc"][:1] in (("body",), ("query",)) :]]
     if detail["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", code="invalid_json")
     if detail["type"] == "extra_forbidden":

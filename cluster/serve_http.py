@@ -27,6 +27,13 @@ MAX_OPEN = 1000
 """Requests that may be open at once, whatever they do; each may hold a body."""
 NOBODY = "anonymous"
 """Whose requests those without a key are, where none is needed."""
+CALLER = "tramontane.caller"
+"""Where the scope of a request that was let in says whose it is."""
+UPLOADS = "/v1/files"
+MAX_UPLOADS = 8
+"""That may be under way at once: Serve's proxy takes in what comes as fast as it comes."""
+_FORM_BYTES = 64 << 10
+"""What an upload's form may hold beside the file."""
 
 
 class HungUp(Exception):
@@ -39,6 +46,7 @@ class Gate:
     Guarantees:
     - without a valid key, where keys are needed, every path is answered 401 and no body is read.
     - a body over the limit is answered 413 before the rest of it is read; one that doesn't come in time, 408.
+    - an upload is not held in memory, and whose request it is, is known to whoever handles it.
     """
 
     def __init__(
@@ -51,6 +59,7 @@ class Gate:
         self._rates = RateLimiter(settings.requests_per_minute)
         self._answered = answered
         self._num_open = 0
+        self._num_uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI request."""
@@ -80,7 +89,12 @@ class Gate:
             headers = {name.lower(): value for name, value in scope["headers"]}
             if self._num_open > MAX_OPEN:
                 raise overloaded(f"{MAX_OPEN} requests are open; try again")
-            self._check_rate(scope, self._caller(headers))
+            caller = self._caller(headers)
+            self._check_rate(scope, caller)
+            scope = {**scope, CALLER: caller}
+            if self._is_upload(scope):
+                await self._take_upload(scope, headers, receive, send)
+                return
             body = await self._body(headers, receive)
         except HungUp:
             return
@@ -88,6 +102,22 @@ class Gate:
             await send_error(error, send)
             return
         await self._app(scope, _replay(body, receive), send)
+
+    def _is_upload(self, scope: Scope) -> bool:
+        return self._settings.batches is not None and (scope["method"], scope["path"]) == ("POST", UPLOADS)
+
+    async def _take_upload(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        limit = self._settings.max_file_bytes + _FORM_BYTES
+        if _announced(headers) > limit:
+            raise _too_large(self._settings.max_file_bytes)
+        if self._num_uploads >= MAX_UPLOADS:
+            raise overloaded(f"{MAX_UPLOADS} uploads are under way; try again")
+        self._num_uploads += 1
+        try:
+            metered = Metered(receive, limit=limit, timeout_s=self._settings.upload_timeout_s)
+            await self._app(scope, metered, send)
+        finally:
+            self._num_uploads -= 1
 
     def _caller(self, headers: dict[bytes, bytes]) -> str:
         if self._keys is None:
@@ -107,8 +137,7 @@ class Gate:
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         limit = self._settings.max_body_bytes
-        announced = headers.get(b"content-length", b"0")
-        if announced.isdigit() and int(announced[:20]) > limit:
+        if _announced(headers) > limit:
             raise _too_large(limit)
         chunks: list[bytes] = []
         size = 0
@@ -126,6 +155,45 @@ class Gate:
                         return b"".join(chunks)
         except TimeoutError:
             raise ApiError(408, "the body didn't arrive in time", code=REQUEST_TIMEOUT) from None
+
+
+def _announced(headers: dict[bytes, bytes]) -> int:
+    """Bytes that the body is to have, as far as the client says."""
+    announced = headers.get(b"content-length", b"0")
+    return int(announced[:20]) if announced.isdigit() else 0
+
+
+class Metered:
+    """Passes a body on as it comes, up to so many bytes and for so long.
+
+    Raises:
+        ApiError: it is too large, or too slow.
+        HungUp: the client is gone before its end.
+    """
+
+    def __init__(self, receive: Receive, *, limit: int, timeout_s: float) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._left = limit
+        self._ends_at = time.monotonic() + timeout_s
+        self._is_whole = False
+
+    async def __call__(self) -> Message:
+        """The next piece."""
+        if self._is_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._ends_at - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, "the upload didn't arrive in time", code=REQUEST_TIMEOUT) from None
+        if message["type"] == "http.disconnect":
+            raise HungUp
+        self._left -= len(message.get("body", b""))
+        self._is_whole = not message.get("more_body", False)
+        if self._left < 0:
+            raise _too_large(self._limit)
+        return message
 
 
 def _too_large(limit: int) -> ApiError:

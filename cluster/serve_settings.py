@@ -37,6 +37,17 @@ class ServeSettings(Settings):
     """Longest time from a request's arrival to the end of its answer."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """When the endpoint ends, how long answers that have begun may take."""
+    batches: Annotated[str, Field(pattern="^/")] | None = None
+    """Directory on the head node for `/v1/files` and `/v1/batches`, an absolute path. It outlives the endpoint: the
+    next one goes on with what isn't done. Null for neither."""
+    batches_at_once: Annotated[int, Field(ge=1, le=64)] = 2
+    """Batches that are run at the same time; others wait in order. Each reads and templates on the head node."""
+    max_file_bytes: Annotated[int, Field(ge=1024, le=64 << 30)] = 200 << 20
+    """Largest file of a batch. Larger ones are answered 413."""
+    max_stored_bytes: Annotated[int, Field(ge=1024)] = 20 << 30
+    """Most that each key's files may take together. Further uploads are answered 413 until some are deleted."""
+    upload_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    """Longest time that an upload may take to arrive."""
     marker_text: Literal["escape", "reject", "allow"] = "escape"
     """What to do with `[INST]` or `[/INST]` in a request's text; see the same field of a job's prompt."""
 

@@ -10,7 +10,7 @@ import collections.abc
 import types
 from typing import Annotated, Any, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints
 
-from openai.types import completion_create_params
+from openai.types import batch_create_params, completion_create_params
 from openai.types.chat import (
     ChatCompletionAssistantMessageParam,
     ChatCompletionDeveloperMessageParam,
@@ -22,6 +22,8 @@ from openai.types.chat import (
 )
 from openai.types.shared import ErrorObject
 from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from pipeline.openai_requests import URLS
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 Name = Annotated[str, Field(max_length=200)]
@@ -108,5 +110,17 @@ CompletionRequest: Any = _cut_down(
     **_OURS,
 )
 """Body of /v1/completions."""
+
+_Key = Annotated[str, Field(max_length=64)]
+_Value = Annotated[str, Field(max_length=512)]
+
+BatchRequest: Any = _cut_down(
+    "BatchRequest",
+    batch_create_params.BatchCreateParams,
+    ("completion_window", "input_file_id"),
+    endpoint=(Literal[URLS], ...),
+    metadata=(Annotated[dict[_Key, _Value], Field(max_length=16)] | None, None),
+)
+"""Body of /v1/batches."""
 
 RequestKind = Literal["chat", "completion"]

@@ -28,6 +28,9 @@ def serve(
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 if not given.", metavar="PORT")] = None,
     keys: Annotated[Path | None, typer.Option(help="File with hashes of API keys.", metavar="FILE")] = None,
+    batches: Annotated[
+        Path | None, typer.Option(help="Where OpenAI's files and batches are kept.", metavar="DIRECTORY")
+    ] = None,
     requests_per_minute: Annotated[
         int | None, typer.Option(help="Most requests of each key in a minute.", metavar="N")
     ] = None,
@@ -39,7 +42,8 @@ def serve(
     from jobs.serve import plan_endpoint
     from jobs.serve import serve as start
 
-    changes = {"host": host, "port": port, "keys": keys, "requests_per_minute": requests_per_minute}
+    changes = {"host": host, "port": port, "keys": keys, "batches": batches}
+    changes |= {"requests_per_minute": requests_per_minute}
     start(plan_endpoint(fleet, ray, **changes), say=lambda line: print(line, file=sys.stderr, flush=True))
 
 

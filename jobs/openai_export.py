@@ -37,17 +37,18 @@ _RESULTS = (
 _LINE_BREAKS = str.maketrans({each: f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"})
 
 
-def export_batch(output: str, folder: str, *, is_partial: bool = False) -> dict[str, Any]:
+def export_batch(output: str, folder: str, *, is_partial: bool = False, model: str | None = None) -> dict[str, Any]:
     """Write `output.jsonl` and `error.jsonl` to a directory or URL, in the input's order; returns what was written.
 
     `output` is a run's output, or its spec. With `is_partial` a run that isn't finished is exported as far as it is.
+    `model` is what responses call the model, None for its source.
 
     Raises:
         SpecError: there is no run, it isn't finished, or the folder is no place for this.
         InfrastructureError: a part can't be read, or the files can't be written.
     """
     store, target = Store(output_of(output)), Store(folder)
-    run = _Run.read(store)
+    run = _Run.read(store, model)
     _refuse_inside(store, target)
     if run.missing_rows and not is_partial:
         raise SpecError(
@@ -95,7 +96,7 @@ class _Run:
     facts: RunFacts
 
     @classmethod
-    def read(cls, store: Store) -> _Run:
+    def read(cls, store: Store, model: str | None) -> _Run:
         ledger = Ledger(store)
         fields = ledger.fingerprint()
         if fields is None:
@@ -112,7 +113,7 @@ class _Run:
             id_column="custom_id" if is_batch else _field(fields, "input.id"),
             input_root=common_folder([file.path for file in plan.files]),
             digest=digest,
-            facts=RunFacts(_field(fields, "model.source") or "unknown", _began(store), digest, is_batch),
+            facts=RunFacts(model or _field(fields, "model.source") or "unknown", _began(store), digest, is_batch),
         )
 
     def custom_id(self, row: Mapping[str, Any]) -> str | None:

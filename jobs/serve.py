@@ -22,10 +22,11 @@ from cluster.fleet_plan import FleetDemand
 from cluster.serve_app import check_reach, end_endpoint, endpoint_problem, start_endpoint
 from cluster.serve_settings import ServeSettings
 from cluster.warm import warm_fleets
+from jobs.batch_runner import ProcessRunner
 from jobs.fleet_file_source import load_fleet_file
 from jobs.fleets import require_cluster, start_fleet_of
 from jobs.interrupts import Interrupts
-from jobs.ray_session import ray_session
+from jobs.ray_session import LOGICAL_CPUS, ray_session
 from pipeline.errors import InfrastructureError, SpecError
 
 LOOK_INTERVAL_S = 0.2
@@ -61,10 +62,11 @@ class ServePlan:
 
     @property
     def replica_cpus(self) -> float:
-        """Logical CPUs that its replicas take of a Ray of the command's own."""
+        """Logical CPUs that its replicas, and runs of batches, take of a Ray of the command's own."""
         if self.file is None or self.address is not None:
             return 0
-        return FleetDemand(self.file.fleet, self.file.model, "", None).replica_cpus
+        of_runs = LOGICAL_CPUS * self.settings.batches_at_once if self.settings.batches else 0
+        return FleetDemand(self.file.fleet, self.file.model, "", None).replica_cpus + of_runs
 
 
 def plan_endpoint(target: str, address: str | None, **changes: Any) -> ServePlan:
@@ -79,8 +81,9 @@ def plan_endpoint(target: str, address: str | None, **changes: Any) -> ServePlan
     if not own:
         require_cluster(address)
     given = {name: value for name, value in changes.items() if value is not None}
-    if given.get("keys"):
-        given["keys"] = str(Path(given["keys"]).absolute())
+    for name in ("keys", "batches"):
+        if given.get(name):
+            given[name] = str(Path(given[name]).absolute())
     settings = (file.serve if file is not None else ServeSettings()).model_dump() | given
     try:
         valid = ServeSettings.model_validate(settings)
@@ -104,9 +107,11 @@ def serve(plan: ServePlan, *, say: Callable[[str], None]) -> None:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         _have_fleet(plan, say)
         began = time.monotonic()
-        start_endpoint(plan.name, plan.settings)
+        start_endpoint(plan.name, plan.settings, ProcessRunner())
         took_s = time.monotonic() - began
         say(f"{plan.url}/v1 answers for model {plan.model_name!r} (up in {took_s:.1f} s); Ctrl-C ends it")
+        if plan.settings.batches is not None:
+            say(f"files and batches are kept in {plan.settings.batches}; what isn't done goes on with the next start")
         try:
             with interrupts.watched():
                 _until_interrupted(interrupts)

@@ -9,6 +9,7 @@ from typing import Any
 from cluster.fleet_file import FleetFile
 from cluster.serve_app import application, check_reach
 from cluster.warm import warm_fleets
+from jobs.batch_runner import ProcessRunner
 from jobs.fleets import start_fleet_of
 
 logger = logging.getLogger(__name__)
@@ -25,4 +26,4 @@ def application_of(args: dict[str, Any]) -> Any:
     check_reach(file.serve)
     if file.name not in warm_fleets():
         start_fleet_of(file, say=logger.info)
-    return application(file.name, file.serve)
+    return application(file.name, file.serve, ProcessRunner())

@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 import ray
 
+from cluster.batch_records import BATCHES
 from cluster.pools import PoolPlan
 from cluster.serve_app import end_endpoint, start_endpoint
 from cluster.serve_settings import ServeSettings
 from cluster.warm import WarmFleet, raise_fleet, take_down
+from jobs.batch_runner import ProcessRunner
 from pipeline.model import fetch_model
 from pipeline.settings import ModelSettings
 from tests.driver_processes import wait_until
@@ -50,6 +52,18 @@ class Served:
     keys: Path | None
     started_s: float
     """From the warm fleet to the endpoint's being up."""
+    name: str
+    settings: ServeSettings
+
+    @property
+    def batches(self) -> Path:
+        """Folder of its batches' owners."""
+        return Path(str(self.settings.batches)) / BATCHES
+
+    def restart(self) -> None:
+        """End it in peace, and start it again at the same place."""
+        end_endpoint()
+        start_endpoint(self.name, self.settings, ProcessRunner())
 
     def members(self) -> dict[str, Any]:
         """The fleet's replicas."""
@@ -82,13 +96,13 @@ def served(
     )
     try:
         wait_until(lambda: ray.get(fleet.status.remote())["replicas_up"] == replicas, "replicas")
-        port = free_port()
+        said = ServeSettings(port=free_port(), **settings)
         began = time.monotonic()
-        start_endpoint(name, ServeSettings(port=port, **settings))
+        start_endpoint(name, said, ProcessRunner())
         try:
-            url = f"http://127.0.0.1:{port}"
-            keys = settings.get("keys")
-            yield Served(url, fleet, Path(keys) if keys else None, time.monotonic() - began)
+            url = f"http://127.0.0.1:{said.port}"
+            keys = Path(said.keys) if said.keys else None
+            yield Served(url, fleet, keys, time.monotonic() - began, name, said)
         finally:
             end_endpoint()
     finally:

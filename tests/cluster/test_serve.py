@@ -346,6 +346,15 @@ def test_the_openapi_document_names_every_answer(endpoint: Served, key: str) -> 
     assert document["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == ["mixtral"]
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/files/file-1/content", "/v1/batches"])
+def test_without_a_directory_there_are_no_batches_and_it_says_why(path: str, endpoint: Served, key: str) -> None:
+    answer = get(endpoint.url + path, headers={"Authorization": f"Bearer {key}"})
+    assert answer.status_code == 404
+    assert "--batches" in answer.json()["error"]["message"]
+    document = get(endpoint.url + "/openapi.json", headers={"Authorization": f"Bearer {key}"}).json()
+    assert not any(path.startswith("/v1/files") for path in document["paths"])
+
+
 def test_a_lost_replica_costs_no_request_that_had_not_begun_to_stream(endpoint: Served, key: str) -> None:
     """One client's stream ends in an error event; requests in one piece are done by another replica."""
     crowd = Crowd(endpoint, key)

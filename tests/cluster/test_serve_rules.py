@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ import yaml
 
 from cluster.fleet_file import FleetFile
 from cluster.manifests_serve import BUILDER
+from cluster.serve_batches import open_desk
 from cluster.serve_errors import ApiError
+from cluster.serve_http import HungUp, Metered
 from cluster.serve_keys import KeyFile, add_key, hash_key, read_keys
 from cluster.serve_limits import RateLimiter, has_room
 from cluster.serve_prompts import PromptMaker
@@ -20,6 +23,7 @@ from cluster.serve_settings import ServeSettings
 from cluster.serve_types import ChatRequest, CompletionRequest
 from jobs.execute import PRIORITIES
 from jobs.manifest import write_manifest
+from jobs.serve import plan_endpoint
 from pipeline.engine import Completion, Piece
 from pipeline.errors import SpecError
 from pipeline.model import fetch_model
@@ -43,6 +47,48 @@ def test_a_key_gets_its_minutes_worth_at_once_and_then_one_by_one() -> None:
 @pytest.mark.parametrize(("num_new", "fits"), [(1, True), (4, True), (5, False)])
 def test_there_is_room_for_what_engines_run_and_a_few_that_wait(num_new: int, fits: bool) -> None:
     assert has_room(num_new, num_unfinished=14, num_seqs=16, max_waiting=2) is fits
+
+
+def test_an_upload_is_taken_up_to_a_size_and_for_a_time() -> None:
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    def sends(*messages: dict[str, Any]) -> Any:
+        left = list(messages)
+
+        async def receive() -> Any:
+            return left.pop(0)
+
+        return receive
+
+    async def drain(metered: Metered) -> int:
+        size = 0
+        while (message := await metered()).get("more_body"):
+            size += len(message["body"])
+        return size + len(message["body"])
+
+    piece = {"type": "http.request", "body": b"12345", "more_body": True}
+    last = {**piece, "more_body": False}
+    assert asyncio.run(drain(Metered(sends(piece, last), limit=10, timeout_s=9))) == 10
+    for receive, limit, status in ((sends(piece, piece, last), 9, 413), (never, 9, 408)):
+        with pytest.raises(ApiError) as refused:
+            asyncio.run(drain(Metered(receive, limit=limit, timeout_s=0.05)))
+        assert refused.value.status == status
+    with pytest.raises(HungUp):
+        asyncio.run(drain(Metered(sends(piece, {"type": "http.disconnect"}), limit=99, timeout_s=9)))
+
+
+def test_a_directory_for_batches_must_be_usable_and_is_its_owners_alone(tmp_path: Path) -> None:
+    def desk(path: Path) -> Any:
+        return open_desk(path, lambda records: None, ServeSettings())  # type: ignore[arg-type, return-value]
+
+    assert stat.S_IMODE(desk(tmp_path / "a" / "b").root.stat().st_mode) == 0o700
+    tmp_path.chmod(0o755)
+    assert stat.S_IMODE(desk(tmp_path).root.stat().st_mode) == 0o755, "a volume's own rights stay"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match="choose a directory of the head node"):
+        desk(tmp_path / "file" / "below")
+    assert plan_endpoint("mixtral", "auto", batches=Path("kept")).settings.batches == str(Path("kept").absolute())
 
 
 def test_keys_are_kept_as_hashes_for_their_owner_alone(tmp_path: Path) -> None:
@@ -74,6 +120,20 @@ def test_a_rayservice_is_what_serve_and_we_can_read() -> None:
     assert not file.serve.is_loopback
     [container] = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
     assert any(file.serve.keys.startswith(mount["mountPath"]) for mount in container["volumeMounts"])
+
+
+def test_a_rayservice_keeps_batches_on_a_volume_or_is_refused(tmp_path: Path) -> None:
+    def manifest_with(path: str) -> str:
+        file = yaml.safe_load(EXAMPLE.read_text())
+        file["serve"] = {**file.get("serve", {}), "batches": path}
+        file["cluster"]["volumes"] = [{"claim": "rows", "path": "/rows"}]
+        (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(file))
+        return write_manifest(tmp_path / "fleet.yaml", target="rayservice", job=None, output=None)
+
+    assert "batches: /rows/batches" in manifest_with("/rows/batches")
+    for path in ("/var/batches", "/rowsbatches"):
+        with pytest.raises(SpecError, match=f"serve.batches {path} lies in no volume"):
+            manifest_with(path)
 
 
 def test_people_go_before_every_run_and_a_seed_is_kept(tiny: PromptMaker) -> None:

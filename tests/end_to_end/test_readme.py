@@ -140,6 +140,7 @@ def test_only_what_needs_a_gpu_a_cluster_a_network_or_a_package_is_not_run() -> 
     assert sorted(left_out) == [
         "not run: needs a cluster",
         "not run: needs a model that can label",  # tests/end_to_end/test_labelling.py runs the command
+        "not run: needs the endpoint above",  # tests/cluster/test_batches.py does the same
         "not run: needs the network",
         "not run: needs the network and a GPU",
         "not run: needs the package datasets",

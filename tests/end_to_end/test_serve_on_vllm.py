@@ -12,7 +12,9 @@ import pytest
 
 from cluster.serve_app import end_endpoint, start_endpoint
 from cluster.serve_settings import ServeSettings
+from jobs.batch_runner import ProcessRunner
 from jobs.run import RunOptions, run_job
+from tests.driver_processes import wait_until
 from tests.endpoints import free_port
 from tests.whole_runs import make_job, read_output, write_prompts
 
@@ -22,9 +24,10 @@ FLEET = "vllm"
 
 
 @pytest.fixture(scope="module")
-def client(vllm_fleet: Any) -> Iterator[openai.OpenAI]:
+def client(vllm_fleet: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     port = free_port()
-    start_endpoint(FLEET, ServeSettings(port=port, model_name="tiny"))
+    batches = str(tmp_path_factory.mktemp("batches"))
+    start_endpoint(FLEET, ServeSettings(port=port, model_name="tiny", batches=batches), ProcessRunner())
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0, timeout=60) as found:
         yield found
     end_endpoint()
@@ -67,6 +70,30 @@ def test_greedy_answers_and_routing_equal_those_of_a_run(client: openai.OpenAI, 
         [routing] = answer.model_extra["tramontane"]["routing"]
         for name in ("prompt_expert_counts", "completion_expert_counts"):
             assert routing[name] == row["routing"][name]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions"])
+def test_a_batch_answers_as_the_endpoint_does(url: Any, client: openai.OpenAI) -> None:
+    asked: list[dict[str, Any]] = [{"messages": chat, "max_tokens": 12} for chat in chats()]
+    if url == "/v1/completions":
+        asked = [{"prompt": f"The rain {n}"} for n in range(ROWS)]
+    bodies = [{"model": "tiny", "temperature": 0, **body} for body in asked]
+    lines = [{"custom_id": str(n), "method": "POST", "url": url, "body": body} for n, body in enumerate(bodies)]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    file = client.files.create(file=("chats.jsonl", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
+    wait_until(lambda: client.batches.retrieve(batch.id).completed_at is not None, "it is completed", interval_s=0.5)
+    output = client.batches.retrieve(batch.id).output_file_id
+    assert output is not None
+    results = [json.loads(line)["response"]["body"] for line in client.files.content(output).text.splitlines()]
+    ask: Any = client.completions.create if url == "/v1/completions" else client.chat.completions.create
+    with ThreadPoolExecutor(8) as pool:
+        online = list(pool.map(lambda body: ask(**body).model_dump(), bodies))
+    texts = [[choice.get("text") or choice["message"]["content"] for choice in each["choices"]] for each in online]
+    assert [[c.get("text") or c["message"]["content"] for c in each["choices"]] for each in results] == texts
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert [each["usage"][name] for each in results] == [each["usage"][name] for each in online]
 
 
 def test_streams_of_several_samples_equal_the_whole_answer(client: openai.OpenAI) -> None:

@@ -1,0 +1,59 @@
+"""Starts the processes that work at batches, on the machine of the endpoint that they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from openai.types import BatchRequestCounts
+
+import jobs
+from cluster.batch_queue import Served
+from cluster.batch_records import LOG, RUN, SPEC, BatchFolder
+from cluster.batch_states import Step
+from jobs.batch_spec import batch_spec
+from jobs.progress import PROGRESS
+from pipeline import local_objects
+
+MODULE = "jobs.batch_process"
+_KEPT = ("RAY_AUTH_", "RAY_TMPDIR")
+"""Of Ray's variables: the others are those of the actor that the endpoint is, and none of a driver's."""
+
+
+class ProcessRunner:
+    """A `cluster.batch_queue.BatchRunner`."""
+
+    def start(self, step: Step, folder: Path, served: Served) -> subprocess.Popen[bytes]:
+        """Start `jobs.batch_process`; it ends when we do."""
+        created = BatchFolder(folder).facts().created
+        spec = json.dumps(batch_spec(created, folder, served), indent=1)
+        local_objects.replace(str(folder / SPEC), spec.encode())
+        command = [sys.executable, "-P", "-m", MODULE, step, str(folder), served.address, str(os.getpid())]
+        with (folder / LOG).open("ab") as log:
+            return subprocess.Popen(
+                command,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is the endpoint's, which then ends its batches one way only
+            )
+
+    def counts(self, folder: Path) -> BatchRequestCounts | None:
+        """As the run's own progress says, which is some two seconds old."""
+        try:
+            progress = json.loads((folder / RUN / PROGRESS).read_bytes())
+        except FileNotFoundError:
+            return None
+        failed = progress["rows_failed"]
+        done = progress["rows_done"]
+        return BatchRequestCounts(total=progress["rows_total"], completed=max(0, done - failed), failed=failed)
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name.startswith(_KEPT)}
+    code = str(Path(jobs.__path__[0]).parent)
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, [code, kept.get("PYTHONPATH")]))}
