@@ -37,6 +37,7 @@ from pipeline.engine import (
     TokenLog,
 )
 from pipeline.errors import AttemptError, ReplicaDied, RequestError, RoutingInvalid
+from pipeline.meeting import Meeting, call_meeting
 from pipeline.routing import RowRouting, summarize_row
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,14 @@ class EngineConfig(Protocol):
 
     def build(self) -> Engine:
         """Load the model; runs once, on the engine's thread."""
+        ...
+
+    def lead(self, meeting: Meeting) -> Engine:
+        """As `build`, for an engine over several nodes of which this is the first: wait for the others' parts."""
+        ...
+
+    def follow(self, meeting: Meeting, node_rank: int) -> None:
+        """Load the part of a further node, the first of which is 1; return when one of its processes has ended."""
         ...
 
 
@@ -240,10 +249,17 @@ class Replica:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._accepted: dict[str, _Accepted] = {}
         """Requests that the engine has, in order of arrival."""
+        self._meeting: Meeting | None = None
+        """Where the engine's parts on other nodes find it; None when all of it is on this node."""
         self._info: EngineInfo | None = None
         self._num_steps = 0
         self._death: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(config,), name="engine", daemon=True)
+
+    async def call_meeting(self, num_nodes: int) -> Meeting:
+        """Before `info`: have the engine span so many nodes, this one first, and say where the others find it."""
+        self._meeting = call_meeting(num_nodes)
+        return self._meeting
 
     async def info(self) -> EngineInfo:
         """Start loading if need be, wait until the engine is ready, and describe it.
@@ -335,7 +351,7 @@ class Replica:
         assert self._loop is not None  # noqa: S101  set before the thread starts
         engine: Engine | None = None
         try:
-            engine = config.build()
+            engine = config.build() if self._meeting is None else config.lead(self._meeting)
             self._info = engine.info
             self._loop.call_soon_threadsafe(self._ready.set)
             while True:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Piece, Re
 from pipeline.engine_arguments import likely_name
 from pipeline.errors import RequestRefused, SpecError
 from pipeline.json_schemas import schema_text
+from pipeline.meeting import Meeting, own_address
 from pipeline.model import fetch_model, read_config, routing_layers
 from pipeline.settings import ModelSettings, SamplingSettings
+from pipeline.vllm_arguments import arguments_of, span_arguments
 from pipeline.vllm_outputs import convert
 from pipeline.vllm_streams import OpenStreams
 
 CORE_WATCH_INTERVAL_S = 0.25
+WORKER_WATCH_INTERVAL_S = 1.0
+"""A dead worker is noticed at once; this is for when the system's sign of that fails."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class VllmEngineConfig:
     moe: MoeShape | None
     """Shape of the model's routing, or None to capture nothing."""
     tensor_parallel: int = 1
+    num_nodes: int = 1
+    """Over which the tensor-parallel workers are spread evenly."""
     on_cpu: bool = False
     num_threads: int = 1
     """CPU build only: threads of the forward pass."""
@@ -71,7 +78,9 @@ class VllmEngineConfig:
         if self.tensor_parallel == 1:
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         else:
-            env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(self.tensor_parallel))
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+                str(core) for core in range(self.tensor_parallel // self.num_nodes)
+            )
         return env
 
     def build(self) -> VllmEngine:
@@ -81,25 +90,51 @@ class VllmEngineConfig:
             SpecError: an engine argument that this vLLM doesn't know, or a value that it refuses; a model that isn't
                 on this node and can't be had from here.
         """
+        return VllmEngine(self._with_model())
+
+    def lead(self, meeting: Meeting) -> VllmEngine:
+        """As `build`, with as many further nodes' workers as the meeting says, once they are there."""
+        _be_known_as(meeting.address)
+        return VllmEngine(self._with_model(), span_arguments(meeting, 0))
+
+    def follow(self, meeting: Meeting, node_rank: int) -> None:
+        """Run a further node's workers until one of them ends; the others are ended then.
+
+        What `vllm serve --headless` does, but for its monitor, which can take a worker that still loads for a dead one.
+        """
+        os.environ.update(self.environment())
+        _be_known_as(own_address())
+        from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+        args = _engine_args(self._with_model(), span_arguments(meeting, node_rank))
+        with _refusals_as_spec_errors():
+            vllm_config = args.create_engine_config(headless=True)
+        executor = MultiprocExecutor(vllm_config, monitor_workers=False)
+        try:
+            while all(worker.proc.is_alive() for worker in executor.workers):
+                wait([worker.proc.sentinel for worker in executor.workers], timeout=WORKER_WATCH_INTERVAL_S)
+        finally:
+            executor.shutdown()
+
+    def _with_model(self) -> VllmEngineConfig:
+        """With the model on this node."""
         if self.source is None or Path(self.model_path, "config.json").is_file():
-            return VllmEngine(self)
-        return VllmEngine(replace(self, model_path=fetch_model(self.source).path))
+            return self
+        return replace(self, model_path=fetch_model(self.source).path)
 
 
 class VllmEngine:
     """One vLLM engine, stepped by the thread that made it."""
 
-    def __init__(self, config: VllmEngineConfig) -> None:
+    def __init__(self, config: VllmEngineConfig, span: Mapping[str, Any] | None = None) -> None:
+        """`span`: this node's part in an engine over several nodes, see `span_arguments`."""
         os.environ.update(config.environment())
         _stay_in_this_cluster()
         from vllm import LLMEngine
 
-        args = _engine_args(config)
-        try:
+        args = _engine_args(config, span or {})
+        with _refusals_as_spec_errors():
             self._engine = LLMEngine.from_engine_args(args)
-        except ValidationError as error:  # a value that vLLM's own settings refuse stays refused
-            reasons = "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
-            raise SpecError(f"vLLM refuses these settings: {reasons[:800]}; correct the spec") from error
         # vLLM fills in zeros for layers without a router, which no guard could tell from a broken capture.
         self._layers = routing_layers(read_config(Path(config.model_path) / "config.json"))
         self._choices = OpenChoices()
@@ -215,45 +250,37 @@ def _core_runs_ahead() -> bool:
     return bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
 
 
-def _engine_args(config: VllmEngineConfig) -> Any:
+def _engine_args(config: VllmEngineConfig, span: Mapping[str, Any]) -> Any:
     from vllm import EngineArgs
 
-    # from_engine_args defaults to 128 sequences and 2,048 batched tokens whatever the GPU: set both always.
-    args: dict[str, Any] = {
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": max(2048, config.max_model_len) if config.on_cpu else 8192,
-        "enable_prefix_caching": True,
-        "tokenizer_mode": "hf",
-        "config_format": "hf",
-        "load_format": "safetensors",  # never pickled weights; `dummy` may be asked for
-        **config.engine_args,
-        "model": config.model_path,
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
-        "tensor_parallel_size": config.tensor_parallel,
-        "enable_return_routed_experts": config.moe is not None,
-        "trust_remote_code": False,
-        # Under `fcfs`, the default, vLLM takes a priority and ignores it without a word. Costs 0.4 us a request.
-        "scheduling_policy": "priority",
-        "disable_log_stats": False,  # per-request timings
-        # The default, xgrammar, drops what it doesn't know and lets control characters into strings; this refuses both.
-        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
-        "seed": 0,
-    }
-    if config.on_cpu:
-        args.setdefault("enforce_eager", True)
-        # A prompt split over two steps takes back the random number drawn for the unfinished one, by moving its seeded
-        # generator's offset; CPU generators have none, and 0.30 dies: "CPU Generator does not use offset".
-        args.setdefault("enable_chunked_prefill", False)
-    if config.tensor_parallel > 1:
-        # Inside a placement group vLLM would pick `ray`, which CPU doesn't support and which may join another cluster.
-        args.setdefault("distributed_executor_backend", "mp")
+    args = {**arguments_of(config), **span}
     known = {field.name for field in fields(EngineArgs)}
+    if not known.issuperset(span):
+        raise SpecError(
+            "the installed vLLM can't run one engine over several nodes (no engine argument `nnodes`); install a newer "
+            "one, or lower tensor_parallel to what a node has"
+        )
     for name in config.engine_args:  # here, too, if the driver's machine has no vLLM: each replica would fail to start
         if name not in known:
             cure = likely_name(name, known)
             raise SpecError(f"engine_args: `{name}` is not an engine argument of the installed vLLM; {cure}")
     return EngineArgs(**{name: value for name, value in args.items() if name in known})
+
+
+def _be_known_as(address: str) -> None:
+    """Have this node's part listen where the others reach it; vLLM would take the way to 8.8.8.8 for that."""
+    os.environ.setdefault("VLLM_HOST_IP", address)
+    _stay_in_this_cluster()
+
+
+@contextlib.contextmanager
+def _refusals_as_spec_errors() -> Iterator[None]:
+    """Within the block a value that vLLM's own settings refuse is the spec's mistake: it stays refused."""
+    try:
+        yield
+    except ValidationError as error:
+        reasons = "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
+        raise SpecError(f"vLLM refuses these settings: {reasons[:800]}; correct the spec") from error
 
 
 def _stay_in_this_cluster() -> None:
