@@ -34,7 +34,7 @@ def call_meeting(num_nodes: int) -> Meeting:
             except OSError:
                 continue
             return Meeting(num_nodes, address, port)
-    raise OSError(f"no free port among {TRIES} of {PORTS.start} to {PORTS.stop - 1} on {address}")
+    raise OSError(f"no free port among {TRIES} of {PORTS[0]} to {PORTS[-1]} on {address}")
 
 
 def own_address() -> str:

@@ -98,9 +98,10 @@ class VllmEngineConfig:
         return VllmEngine(self._with_model(), span_arguments(meeting, 0))
 
     def follow(self, meeting: Meeting, node_rank: int) -> None:
-        """Run a further node's workers until one of them ends; the others are ended then.
+        """Run a further node's workers until one of them ends; the others end with this process.
 
-        What `vllm serve --headless` does, but for its monitor, which can take a worker that still loads for a dead one.
+        What `vllm serve --headless` does, but for its monitor, which can take a worker that still loads for a dead one,
+        and asks the others to go, which takes 10 s and more while they wait for the dead one.
         """
         os.environ.update(self.environment())
         _be_known_as(own_address())
@@ -110,11 +111,8 @@ class VllmEngineConfig:
         with _refusals_as_spec_errors():
             vllm_config = args.create_engine_config(headless=True)
         executor = MultiprocExecutor(vllm_config, monitor_workers=False)
-        try:
-            while all(worker.proc.is_alive() for worker in executor.workers):
-                wait([worker.proc.sentinel for worker in executor.workers], timeout=WORKER_WATCH_INTERVAL_S)
-        finally:
-            executor.shutdown()
+        while all(worker.proc.is_alive() for worker in executor.workers):
+            wait([worker.proc.sentinel for worker in executor.workers], timeout=WORKER_WATCH_INTERVAL_S)
 
     def _with_model(self) -> VllmEngineConfig:
         """With the model on this node."""
