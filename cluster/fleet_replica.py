@@ -107,6 +107,14 @@ class FleetReplica:
         """
         await self._unless_ended(result_of(self.handle.until_death.remote()), None)
 
+    async def answer(self) -> None:
+        """Return when all of its processes have answered, which a follower does only when it no longer follows.
+
+        Raises:
+            Exception: as `until_death`, of any of them.
+        """
+        await asyncio.gather(*(result_of(actor.pid.remote()) for actor in (self.handle, *self.followers)))
+
     async def drain(self, within_s: float) -> None:
         """Let it finish what its engine has begun, at most so long, then have it end."""
         with contextlib.suppress(Exception):  # it died: that is seen elsewhere

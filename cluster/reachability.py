@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from cluster.fleet_replica import FleetReplica, result_of
+from cluster.fleet_replica import FleetReplica
 from cluster.nodes import Node
 from pipeline.errors import AttemptError, NodeLost, ReplicaDied, ReplicaUnreachable
 from pipeline.membership import read_death
@@ -41,7 +41,7 @@ async def why_unreachable(
         if not alive.issuperset(replica.node_ids) or not all([await _answers(node) for node in homes]):
             return NodeLost("its node is gone")
         try:
-            await asyncio.wait_for(result_of(replica.handle.pid.remote()), 1.0)
+            await asyncio.wait_for(replica.answer(), 1.0)
         except TimeoutError:
             continue
         except Exception as error:  # noqa: BLE001  however it died

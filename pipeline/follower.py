@@ -6,6 +6,7 @@ Knows nothing of other nodes' fate; the fleet watches all parts and ends them to
 
 from __future__ import annotations
 
+import os
 from typing import Any, NoReturn
 
 from pipeline.errors import ReplicaDied
@@ -31,6 +32,10 @@ class Follower:
         self._config.follow(self._meeting, self._node_rank)
         where = f"node {self._node_rank + 1} of {self._meeting.num_nodes}"
         raise ReplicaDied(f"the engine died: a process of it on {where} ended")
+
+    def pid(self) -> int:
+        """Process id, for who wants to hear that it is dead: not answered while it follows."""
+        return os.getpid()
 
 
 def follower_actor(*, env: dict[str, str], **options: Any) -> Any:
