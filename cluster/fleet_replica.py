@@ -76,6 +76,8 @@ class FleetReplica:
         self.handle = replica_actor(env=self.pool.env, **self._placed(0)).remote(self.pool.engine)
         if self.pool.shape.num_bundles > 1:
             await self._unless_ended(self._start_followers(), timeout_s)
+            if self.end.is_set():
+                return None
         return await self._unless_ended(result_of(self.handle.info.remote()), timeout_s)
 
     async def _start_followers(self) -> None:
