@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from cluster.nodes import Node, fitting
 from cluster.pools import GPU_TYPE_LABEL, UNBOUNDED, PoolPlan, SlotShape
+from cluster.spread import num_spread
 from pipeline.errors import SpecError
 
 
@@ -23,7 +24,7 @@ def check_capacity(pools: Sequence[PoolPlan], nodes: Sequence[Node]) -> None:
         SpecError: says for the first pool that doesn't fit what it needs, what is there, and what to change.
     """
     left = list(nodes)
-    for pool in sorted(pools, key=lambda pool: (-pool.shape.num_gpus, -pool.shape.num_cpus)):  # the bulkiest first
+    for pool in sorted(pools, key=_bulk, reverse=True):
         for placed in range(pool.num_replicas):
             placement = place(pool.shape, left)
             if placement is None:
@@ -57,11 +58,16 @@ def full_nodes(nodes: Sequence[Node], held_cpus: Mapping[str, float], shape: Slo
 
 
 def place(shape: SlotShape, nodes: Sequence[Node]) -> list[Node] | None:
-    """Take one slot out of the nodes' totals: the tightest nodes that hold a bundle each; None if it doesn't fit."""
+    """Take one slot out of the nodes' totals, a bundle from each of some nodes; None if it doesn't fit.
+
+    One bundle goes to the tightest node that holds it. Several go to those with most room: taking the tightest would
+    leave room on too few different nodes for the next slot.
+    """
     able = [node for node in nodes if node.suits(shape) and fitting(node.total, shape)]
     if len(able) < shape.num_bundles:
         return None
-    able.sort(key=lambda node: (_wastes_gpus(node, shape), fitting(node.total, shape), sum(node.total.values())))
+    room = -1 if shape.num_bundles > 1 else 1
+    able.sort(key=lambda node: (_wastes_gpus(node, shape), room * fitting(node.total, shape), sum(node.total.values())))
     taken = {node.node_id for node in able[: shape.num_bundles]}
     return [_without(node, shape) if node.node_id in taken else node for node in nodes]
 
@@ -73,14 +79,7 @@ def _wastes_gpus(node: Node, shape: SlotShape) -> bool:
 def num_placeable(shape: SlotShape, nodes: Sequence[Node]) -> int:
     """Slots of this shape that fit into what is free now, on nodes that stay."""
     able = [node for node in nodes if node.leaves_at is None and node.suits(shape)]
-    counts = sorted((fitting(node.free, shape) for node in able), reverse=True)
-    if shape.num_bundles == 1:
-        return sum(counts)
-    slots = 0
-    while len(counts) >= shape.num_bundles and counts[shape.num_bundles - 1] > 0:
-        counts = sorted((count - (i < shape.num_bundles) for i, count in enumerate(counts)), reverse=True)
-        slots += 1
-    return slots
+    return num_spread([fitting(node.free, shape) for node in able], shape.num_bundles)
 
 
 def most_replicas(pool: PoolPlan, nodes: Sequence[Node]) -> int:
@@ -89,6 +88,12 @@ def most_replicas(pool: PoolPlan, nodes: Sequence[Node]) -> int:
         return pool.most
     idle = [replace(node, free=node.total, leaves_at=None) for node in nodes]
     return max(pool.num_replicas, math.ceil(1.5 * num_placeable(pool.shape, idle)))
+
+
+def _bulk(pool: PoolPlan) -> tuple[float, float, float]:
+    """What is hardest to place: the largest slot, then the largest bundle."""
+    shape = pool.shape
+    return shape.num_gpus * shape.num_bundles, shape.num_gpus, shape.num_cpus
 
 
 def _without(node: Node, shape: SlotShape) -> Node:
@@ -118,6 +123,12 @@ def _cure(pool: PoolPlan, placed: int, nodes: Sequence[Node]) -> str:
                 f"To Ray, every {family} is the same: start nodes that have {gpu} with --labels {GPU_TYPE_LABEL}={gpu}"
             )
         return f"Name a GPU type that is there, or add nodes labelled {GPU_TYPE_LABEL}={gpu}"
+    if gpu and pool.shape.num_bundles > 1:
+        each = f"{pool.shape.num_gpus:g} GPU{'s' * (pool.shape.num_gpus != 1)}"
+        return (
+            "A replica larger than a node takes equally many GPUs of each of several: lower tensor_parallel, or have "
+            f"{pool.shape.num_bundles} nodes with {each} of {gpu}"
+        )
     return "Lower tensor_parallel, or use larger nodes"
 
 

@@ -17,7 +17,7 @@ from cluster.capacity import beside_the_stages, full_nodes, num_placeable
 from cluster.fleet_replica import FleetReplica, pool_status
 from cluster.nodes import Node, can_grow, leaving_at, own_node_id, read_nodes
 from cluster.pools import PoolPlan
-from cluster.reachability import why_unreachable
+from cluster.reachability import cause_of_death
 from cluster.roster import Roster
 from cluster.scaling import (
     KEPT_FIRST,
@@ -31,7 +31,7 @@ from cluster.scaling import (
     wanted_replicas,
 )
 from cluster.slots import request_slot
-from pipeline.errors import NodeLost, ReplicaUnreachable, RunError
+from pipeline.errors import NodeLost, ReplicaDied, ReplicaUnreachable, RunError
 from pipeline.membership import RETIRED, Departure, Membership, read_death
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,9 @@ class Fleet:
         """
         lost = self._replicas.get(replica)
         if lost is not None and replica in self._roster.members:
-            if kind == ReplicaUnreachable.kind:
-                kind = (await why_unreachable(lost, message, live_nodes=lambda: self._nodes)).kind
+            if kind in (ReplicaUnreachable.kind, ReplicaDied.kind):
+                said = ReplicaDied(message) if kind == ReplicaDied.kind else ReplicaUnreachable(message)
+                kind = (await cause_of_death(lost, said, live_nodes=lambda: self._nodes)).kind
             self._roster.lose(replica, kind, message)
             lost.end.set()
         return self._roster.departure_of(replica) or Departure(kind, message)
@@ -234,9 +235,7 @@ class Fleet:
         try:
             await replica.until_death()
         except Exception as error:  # noqa: BLE001  however it died
-            death = read_death(error)
-            if isinstance(death, ReplicaUnreachable):
-                death = await why_unreachable(replica, death.message, live_nodes=lambda: self._nodes)
+            death = await cause_of_death(replica, read_death(error), live_nodes=lambda: self._nodes)
             self._roster.lose(replica.name, death.kind, death.message)
         if replica.state != "draining" and time.monotonic() - replica.ready_at < SHORT_LIFE_S:
             record.died_young(time.monotonic())

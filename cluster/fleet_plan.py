@@ -55,7 +55,9 @@ class FleetDemand:
         """
         hardware = seen_hardware(nodes, self.fleet.gpu_types)
         decided, notes = decide_fleet(self.fleet, self.model, self.model_path, hardware, grows=grows)
-        return pool_plans(decided, self.model, model_path=self.model_path, moe=self.moe), notes
+        num_nodes = [nodes_of_replica(pool, hardware) for pool in decided.pools]
+        plans = pool_plans(decided, self.model, model_path=self.model_path, moe=self.moe, num_nodes=num_nodes)
+        return plans, notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,11 @@ def candidate_of(pool: PoolSettings, planned: PlannedModel, gpu: GpuType, hardwa
     return choice.chosen
 
 
+def nodes_of_replica(pool: PoolSettings, hardware: Hardware) -> int:
+    """Nodes that a replica of a decided pool takes; engines on CPU stay on one."""
+    return 1 if pool.gpu == CPU else hardware.nodes_of_replica(pool.gpu, pool.num_workers)
+
+
 def _refuse_pool(pool: PoolSettings, gpu: GpuType, model: ModelSettings, path: str) -> None:
     try:
         planned = planned_model(model, path, {**model.engine_args, **pool.engine_args})
@@ -213,7 +220,10 @@ def _pools_for_all(
             _refuse_pool(typed, gpu_type(name, fleet.gpu_types), model, path)
             decided = decide_pool(typed, fleet, model, path, hardware)
             if hardware.num_replicas(name, decided.num_workers) == 0:
-                raise SpecError(f"{name}: no node has {decided.num_workers} of them, as tensor_parallel asks for")
+                raise SpecError(
+                    f"{name}: no node has {decided.num_workers} of them, as tensor_parallel asks for, and no nodes "
+                    "have equal shares of that"
+                )
             pools.append(decided)
         except SpecError as error:
             unused.append(error.message)

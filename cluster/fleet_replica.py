@@ -1,7 +1,8 @@
 """One replica of a fleet from the request for its slot to its end: waiting, starting, up, draining, gone.
 
 It is told what to do by `cluster.fleet` and answers what became of it; it knows nothing of its pool's other replicas,
-nor of rows. Invariant: after `kill` neither its process nor its slot is left.
+nor of rows. One over several nodes lives and dies as one: whatever ends on any of them is the replica's end.
+Invariant: after `kill` neither its processes nor its slot are left.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.pools import PoolPlan
 from cluster.scaling import State
 from cluster.slots import Slot
+from pipeline.follower import follower_actor
 from pipeline.replica import replica_actor
 
 PLACEMENT_POLL_S = 0.1
@@ -31,7 +33,11 @@ class FleetReplica:
     not_on: frozenset[str] = frozenset()
     """Ids of the nodes on which its slot can't be."""
     handle: Any = None
-    """Of its actor, once its slot is placed."""
+    """Of its actor, in the slot's first bundle, once that is placed."""
+    followers: list[Any] = field(default_factory=list)
+    """Handles of the actors that hold its engine's GPUs in the other bundles."""
+    follower_ends: list[asyncio.Future[Any]] = field(default_factory=list)
+    """One for each of them, done when it has died."""
     state: State = "waiting"
     node_ids: tuple[str, ...] = ()
     """Where it is; empty while it waits."""
@@ -67,15 +73,29 @@ class FleetReplica:
             Exception: whatever kept the engine from loading.
         """
         self.state = "starting"
+        self.handle = replica_actor(env=self.pool.env, **self._placed(0)).remote(self.pool.engine)
+        if self.pool.shape.num_bundles > 1:
+            await self._unless_ended(self._start_followers(), timeout_s)
+            if self.end.is_set():
+                return None
+        return await self._unless_ended(result_of(self.handle.info.remote()), timeout_s)
+
+    async def _start_followers(self) -> None:
+        """Give the engine its GPUs on the slot's other nodes; whatever kills one of them kills the replica."""
+        meeting = await result_of(self.handle.call_meeting.remote(self.pool.shape.num_bundles))
+        for bundle in range(1, self.pool.shape.num_bundles):
+            actor = follower_actor(env=self.pool.env, **self._placed(bundle))
+            follower = actor.remote(self.pool.engine, meeting, bundle)
+            self.followers.append(follower)
+            end = asyncio.ensure_future(result_of(follower.follow.remote()))
+            end.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard, even if another was first
+            self.follower_ends.append(end)
+
+    def _placed(self, bundle: int) -> dict[str, Any]:
+        """Ray's options for an actor that takes all of a bundle."""
         shape = self.pool.shape
-        actor = replica_actor(
-            env=self.pool.env,
-            num_cpus=shape.num_cpus,
-            num_gpus=shape.num_gpus,
-            scheduling_strategy=self.slot.strategy(),
-        )
-        self.handle = actor.remote(self.pool.engine)
-        return await self._unless_ended(self.handle.info.remote(), timeout_s)
+        strategy = self.slot.strategy(bundle)
+        return {"num_cpus": shape.num_cpus, "num_gpus": shape.num_gpus, "scheduling_strategy": strategy}
 
     def is_up(self) -> None:
         """It takes work from now on."""
@@ -87,7 +107,15 @@ class FleetReplica:
         Raises:
             Exception: its death, in Ray's words or its own; see `pipeline.membership.read_death`.
         """
-        await self._unless_ended(self.handle.until_death.remote(), None)
+        await self._unless_ended(result_of(self.handle.until_death.remote()), None)
+
+    async def answer(self) -> None:
+        """Return when all of its processes have answered, which a follower does only when it no longer follows.
+
+        Raises:
+            Exception: as `until_death`, of any of them.
+        """
+        await asyncio.gather(*(result_of(actor.pid.remote()) for actor in (self.handle, *self.followers)))
 
     async def drain(self, within_s: float) -> None:
         """Let it finish what its engine has begun, at most so long, then have it end."""
@@ -101,19 +129,26 @@ class FleetReplica:
         self.end.set()
 
     def kill(self) -> None:
-        """End its process and give its slot back; harmless when they are gone."""
+        """End its processes and give its slot back; harmless when they are gone."""
         import ray
 
-        if self.handle is not None:
-            ray.kill(self.handle, no_restart=True)
+        for end in self.follower_ends:
+            end.cancel()
+        for actor in (self.handle, *self.followers):
+            if actor is not None:
+                ray.kill(actor, no_restart=True)
         self.slot.release()
 
-    async def _unless_ended(self, call: Any, timeout_s: float | None) -> Any:
-        """Result of the call, or None when the replica is told to end first."""
-        result = asyncio.ensure_future(result_of(call))
+    async def _unless_ended(self, work: Coroutine[Any, Any, Any], timeout_s: float | None) -> Any:
+        """Result of the work, or None when the replica is told to end first; raises what kills a follower meanwhile."""
+        result = asyncio.ensure_future(work)
         ended = asyncio.ensure_future(self.end.wait())
         try:
-            await asyncio.wait({result, ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            first = {result, ended, *self.follower_ends}
+            await asyncio.wait(first, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            dead = next((end for end in self.follower_ends if end.done()), None)
+            if dead is not None:
+                return dead.result()  # raises
             if result.done():
                 return result.result()
             if ended.done():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cluster.gpus import CPU, GPU_TYPES, GpuType, gpu_type
 from cluster.nodes import Node
 from cluster.pools import GPU_TYPE_LABEL
+from cluster.spread import nodes_of_replica, num_spread
 from pipeline.errors import SpecError
 
 _ASSUMPTION = re.compile(r"(?P<gpu>[^:\s]+):(?P<gpus>[1-9]\d{0,2})[xX](?P<nodes>[1-9]\d{0,4})")
@@ -23,10 +24,6 @@ class NodeKind:
     """Name of the GPU type."""
     gpus_per_node: int
     num_nodes: int
-
-    def num_replicas(self, tensor_parallel: int) -> int:
-        """Engines of that many GPUs that fit, each on one node."""
-        return self.gpus_per_node // tensor_parallel * self.num_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +48,21 @@ class Hardware:
         return max((kind.gpus_per_node for kind in self.of(gpu)), default=otherwise)
 
     def num_replicas(self, gpu: str, tensor_parallel: int) -> int:
-        """Engines of that many GPUs of this type that fit on all nodes, were they idle."""
-        return sum(kind.num_replicas(tensor_parallel) for kind in self.of(gpu))
+        """Engines of that many GPUs of this type that fit on all nodes, were they idle; large ones spread evenly."""
+        num_nodes = self.nodes_of_replica(gpu, tensor_parallel)
+        room = [node_gpus // (tensor_parallel // num_nodes) for node_gpus in self._nodes(gpu)]
+        return num_spread(room, num_nodes)
+
+    def nodes_of_replica(self, gpu: str, tensor_parallel: int, *, otherwise: int = 8) -> int:
+        """Nodes that an engine of that many GPUs takes; on nodes of `otherwise` GPUs where there is none of the type.
+
+        See `cluster.spread.nodes_of_replica`.
+        """
+        return nodes_of_replica(tensor_parallel, self._nodes(gpu) or [otherwise])
+
+    def _nodes(self, gpu: str) -> list[int]:
+        """GPUs of each node that has this type."""
+        return [kind.gpus_per_node for kind in self.of(gpu) for _ in range(kind.num_nodes)]
 
 
 def parse_assumption(text: str, custom: Sequence[GpuType] = ()) -> NodeKind:

@@ -58,7 +58,7 @@ def cluster_notes(spec: Path, groups: Sequence[NodeGroup]) -> dict[Path, str]:
     }
     for group in groups:
         base = (*spec, "workerGroupSpecs", group.name)
-        notes[(*base, "groupName")] = f"One pod per node: {_span(group)}."
+        notes[(*base, "groupName")] = f"One pod per node: {_span(group)}.{_network(group)}"
         notes[(*base, "labels")] = "What a pool's replicas ask for: the GPU type as the fleet file calls it."
         notes[(*base, "rayStartParams")] = (
             "One CPU per GPU: what replicas take. So reading and writing stay on the head."
@@ -70,6 +70,15 @@ def cluster_notes(spec: Path, groups: Sequence[NodeGroup]) -> dict[Path, str]:
         notes[(*pod, "volumes", "dshm", "name")] = "Shared memory, for Ray's objects and for engines of several GPUs."
         notes[(*pod, "volumes", "models", "name")] = "Downloaded models."
     return notes
+
+
+def _network(group: NodeGroup) -> str:
+    if group.nodes_of_replica == 1:
+        return ""
+    return (
+        f" A replica spans {group.nodes_of_replica} of them, and its speed is that of their network: RDMA needs a "
+        "device plugin and resources that this manifest doesn't ask for; without them NCCL uses TCP."
+    )
 
 
 def _span(group: NodeGroup) -> str:

@@ -14,6 +14,7 @@ from cluster.fleet_file import FleetFile, NodeGroupSettings
 from cluster.gpus import CPU, gpu_type
 from cluster.pools import GPU_TYPE_LABEL
 from cluster.settings import AUTO, PoolSettings
+from cluster.spread import nodes_of_replica
 from pipeline.errors import SpecError
 
 MARKET_LABEL = "ray.io/market-type"
@@ -47,6 +48,8 @@ class NodeGroup:
     """Ray node labels."""
     drain_s: int = 90
     """How long a node that is told to go has for its work."""
+    nodes_of_replica: int = 1
+    """Of the pools here, of the one whose replicas span most nodes."""
 
     @property
     def ray_cpus(self) -> int:
@@ -63,7 +66,7 @@ def node_groups(file: FleetFile) -> list[NodeGroup]:
     """One group per entry of `cluster.groups`, in its order.
 
     Raises:
-        SpecError: a pool without a group, a group without a pool, a replica larger than a node, too few nodes.
+        SpecError: a pool without a group, a group without a pool, a replica larger than all nodes, too few nodes.
     """
     if file.cluster.image is None:
         raise SpecError(
@@ -93,14 +96,7 @@ def refuse_what_does_not_fit(pools: Sequence[PoolSettings], groups: Sequence[Nod
         if not pool.is_decided:
             continue
         group = by_gpu[pool.gpu]
-        if _replicas_per_node(pool, group.settings) == 0:
-            size = _capacity(group.settings)
-            unit = "CPUs" if pool.gpu == CPU else "GPUs"
-            raise SpecError(
-                f"{path}: tensor_parallel={pool.tensor_parallel} is more than the {size} {unit} of a {pool.gpu} node, "
-                "and a replica lives on one node; lower tensor_parallel, or raise the group's "
-                + ("cpus" if pool.gpu == CPU else "gpus_per_node")
-            )
+        _refuse_larger_than(group, pool, path)
     decided = [pool for pool in pools if pool.is_decided]
     for group in groups:
         needed = _nodes_for(group.settings, decided, fewest=True) or 0
@@ -109,6 +105,24 @@ def refuse_what_does_not_fit(pools: Sequence[PoolSettings], groups: Sequence[Nod
                 f"{where}: the fewest replicas on {group.settings.gpu} take {needed} nodes, but max_nodes is "
                 f"{group.max_nodes}; raise cluster.groups[].max_nodes, or lower replicas"
             )
+
+
+def _refuse_larger_than(group: NodeGroup, pool: PoolSettings, path: str) -> None:
+    """Refuse a pool whose replica is larger than a node on CPU, or than all of the group's nodes."""
+    size = _capacity(group.settings)
+    if pool.gpu == CPU and pool.num_workers > size:
+        raise SpecError(
+            f"{path}: tensor_parallel={pool.tensor_parallel} is more than the {size} CPUs of a {pool.gpu} node, "
+            "and a replica on CPU lives on one node; lower tensor_parallel, or raise the group's cpus"
+        )
+    num_nodes = _nodes_of_replica(pool, group.settings)
+    if num_nodes <= group.max_nodes:
+        return
+    raise SpecError(
+        f"{path}: tensor_parallel={pool.tensor_parallel} is more than the {size} GPUs of a {pool.gpu} node, and spread "
+        f"evenly takes {num_nodes} nodes, but max_nodes is {group.max_nodes}; lower tensor_parallel, or raise the "
+        "group's gpus_per_node or max_nodes"
+    )
 
 
 def _refuse_mismatch(file: FleetFile) -> None:
@@ -155,6 +169,7 @@ def _group(entry: NodeGroupSettings, file: FleetFile) -> NodeGroup:
         image=entry.image or file.cluster.image or "",
         gpu_resource=_GPU_RESOURCES.get(kind.vendor),
         labels={**entry.labels, **labels, MARKET_LABEL: "spot" if entry.spot else "on-demand"},
+        nodes_of_replica=max((_nodes_of_replica(p, entry) for p in file.fleet.pools if p.gpu == entry.gpu), default=1),
         drain_s=entry.drain_s or (_SPOT_DRAIN_S[file.cluster.kubernetes] if entry.spot else _DRAIN_S),
     )
 
@@ -183,16 +198,20 @@ def _nodes_for(entry: NodeGroupSettings, pools: Sequence[PoolSettings], *, fewes
     for pool in pools:
         if pool.gpu != entry.gpu:
             continue
-        per_node = max(1, _replicas_per_node(pool, entry))
         wanted = pool.least if fewest else pool.most
         if wanted is None:
             return None
-        total += -(-wanted // per_node)
+        num_nodes = _nodes_of_replica(pool, entry)
+        per_node = max(1, _capacity(entry) // (pool.num_workers // num_nodes))
+        total += max(-(-wanted * num_nodes // per_node), num_nodes if wanted else 0)
     return total
 
 
-def _replicas_per_node(pool: PoolSettings, entry: NodeGroupSettings) -> int:
-    return _capacity(entry) // pool.num_workers
+def _nodes_of_replica(pool: PoolSettings, entry: NodeGroupSettings) -> int:
+    """As the planner will see it once there are nodes enough."""
+    if pool.gpu == CPU:
+        return 1
+    return nodes_of_replica(pool.num_workers, [entry.gpus_per_node] * pool.num_workers)
 
 
 def _capacity(entry: NodeGroupSettings) -> int:

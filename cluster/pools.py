@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.gpus import CPU, GpuType, gpu_type
@@ -23,7 +23,9 @@ class SlotShape:
     """What one replica takes: `num_bundles` equal bundles, each on one node, each on a node of its own."""
 
     num_cpus: float = 1.0
+    """Of each bundle."""
     num_gpus: float = 0.0
+    """Of each bundle."""
     num_bundles: int = 1
     gpu_type: str | None = None
     """What the spec calls the GPUs; None for any, or none."""
@@ -65,18 +67,30 @@ class PoolPlan:
         return self.num_replicas if self.max_replicas is None else self.max_replicas
 
 
-def pool_plans(fleet: FleetSettings, model: ModelSettings, *, model_path: str, moe: MoeShape | None) -> list[PoolPlan]:
-    """One plan per pool, in the spec's order; all pools are decided, see `cluster.fleet_plan.decide_fleet`."""
+def pool_plans(
+    fleet: FleetSettings,
+    model: ModelSettings,
+    *,
+    model_path: str,
+    moe: MoeShape | None,
+    num_nodes: Sequence[int] | None = None,
+) -> list[PoolPlan]:
+    """One plan per pool, in the spec's order; all pools are decided, see `cluster.fleet_plan.decide_fleet`.
+
+    `num_nodes` says for each pool over how many nodes its replicas go; None for one.
+    """
     num_cpu_workers = sum(max(1, pool.least) * pool.num_workers for pool in fleet.pools if pool.gpu == CPU)
     num_threads = max(1, (os.cpu_count() or 1) // max(1, num_cpu_workers))
     plans = []
     for index, pool in enumerate(fleet.pools):
+        shape = slot_shape(pool, fleet.gpu_types, num_nodes=num_nodes[index] if num_nodes else 1)
         engine = VllmEngineConfig(
             model_path=model_path,
             dtype=model.dtype,
             max_model_len=model.max_model_len,
             moe=moe,
             tensor_parallel=pool.num_workers,
+            num_nodes=shape.num_bundles,
             on_cpu=pool.gpu == CPU,
             num_threads=num_threads if pool.gpu == CPU else 1,
             engine_args={**model.engine_args, **pool.engine_args},
@@ -90,15 +104,16 @@ def pool_plans(fleet: FleetSettings, model: ModelSettings, *, model_path: str, m
                 engine=engine,
                 max_num_seqs=engine.max_num_seqs,
                 env=engine.environment(),
-                shape=slot_shape(pool, fleet.gpu_types),
+                shape=shape,
             )
         )
     return plans
 
 
-def slot_shape(pool: PoolSettings, custom: Iterable[GpuType] = ()) -> SlotShape:
-    """All GPUs of a replica in one bundle, so on one node; on CPU, a core per tensor-parallel worker."""
+def slot_shape(pool: PoolSettings, custom: Iterable[GpuType] = (), *, num_nodes: int = 1) -> SlotShape:
+    """The GPUs of a replica in one bundle per node, equally many in each; on CPU, a core per tensor-parallel worker."""
     if pool.gpu == CPU:
         return SlotShape(num_cpus=pool.num_workers)
     labels = gpu_type(pool.gpu, custom).labels
-    return SlotShape(num_gpus=pool.num_workers, gpu_type=pool.gpu, gpu_labels=labels)
+    share = pool.num_workers // num_nodes
+    return SlotShape(num_gpus=share, num_bundles=num_nodes, gpu_type=pool.gpu, gpu_labels=labels)

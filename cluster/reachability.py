@@ -6,15 +6,28 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from cluster.fleet_replica import FleetReplica, result_of
+from cluster.fleet_replica import FleetReplica
 from cluster.nodes import Node
-from pipeline.errors import AttemptError, NodeLost, ReplicaUnreachable
+from pipeline.errors import AttemptError, NodeLost, ReplicaDied, ReplicaUnreachable
 from pipeline.membership import read_death
 
 UNREACHABLE_S = 15.0
 """How long to wait for word of a replica that can't be reached. Meanwhile its rows wait too."""
 ASK_AGAIN_S = 0.5
 CONNECT_TIMEOUT_S = 3.0
+
+
+async def cause_of_death(
+    replica: FleetReplica, death: AttemptError, *, live_nodes: Callable[[], Sequence[Node]]
+) -> AttemptError:
+    """What is behind a death: a broken connection is looked into, and an engine over nodes dies when it loses one."""
+    if isinstance(death, ReplicaUnreachable):
+        return await why_unreachable(replica, death.message, live_nodes=live_nodes)
+    if death.kind == ReplicaDied.kind and len(replica.node_ids) > 1:
+        homes = [node for node in live_nodes() if node.node_id in replica.node_ids]
+        if len(homes) < len(replica.node_ids) or not all(await asyncio.gather(*map(_answers, homes))):
+            return NodeLost("one of its nodes is gone")
+    return death
 
 
 async def why_unreachable(
@@ -28,7 +41,7 @@ async def why_unreachable(
         if not alive.issuperset(replica.node_ids) or not all([await _answers(node) for node in homes]):
             return NodeLost("its node is gone")
         try:
-            await asyncio.wait_for(result_of(replica.handle.pid.remote()), 1.0)
+            await asyncio.wait_for(replica.answer(), 1.0)
         except TimeoutError:
             continue
         except Exception as error:  # noqa: BLE001  however it died

@@ -18,6 +18,8 @@ ARITHMETIC_EFFICIENCY = 0.8
 """Of the peak, what a large matrix product reaches: 790 of 989 TFLOP/s measured on an H200."""
 LINK_EFFICIENCY = 0.75
 """Of the peak, what NCCL's all-reduce reaches inside a node: 230 of 300 GB/s on an A100 (nccl-tests, busbw)."""
+NETWORK_GB_PER_S = 25.0
+"""Between nodes, one direction: 200 Gb/s, a guess. Cloud nodes with such GPUs have 100 to 3,200 Gb/s."""
 REAL_SHARE_LOW, REAL_SHARE_HIGH = 0.2, 0.6
 """What engines reach of the ideal, prompts counted. TensorRT-LLM 0.9's published figures for Mixtral 8x7B in FP8 on
 2 x H200 come to 20 to 24%; MLPerf's for 8 x H200 (v4.1, v5.0) to 28 to 48% if prompts have 200 to 400 tokens."""
@@ -31,6 +33,8 @@ class Engine:
     gpu: GpuType
     tensor_parallel: int
     precision: Precision
+    num_nodes: int = 1
+    """Over which its GPUs are spread."""
 
     @property
     def bytes_per_s(self) -> float:
@@ -46,13 +50,15 @@ class Engine:
     def communication_s_per_token(self) -> float:
         """Two all-reduces of a hidden state per layer, after attention and MLP (Shoeybi et al. 2019, Megatron-LM).
 
-        A ring sends 2 (t-1)/t of the data through each of t GPUs. Latency, a few microseconds each, is not counted.
+        A ring sends 2 (t-1)/t of the data through each of t GPUs, and is as fast as its slowest hop: over several
+        nodes, the network. Latency isn't counted: a few microseconds each within a node, tens between nodes.
         """
         if self.tensor_parallel == 1:
             return 0.0
         data = 2 * self.size.num_layers * self.size.hidden_size * self.precision.wide_bytes
         sent = 2 * (self.tensor_parallel - 1) / self.tensor_parallel * data
-        return sent / (self.gpu.link_gb_per_s * 1e9 * LINK_EFFICIENCY)
+        link = self.gpu.link_gb_per_s if self.num_nodes == 1 else min(self.gpu.link_gb_per_s, NETWORK_GB_PER_S)
+        return sent / (link * 1e9 * LINK_EFFICIENCY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,8 @@ class PoolSettings(Settings):
     replicas: Annotated[int, Field(ge=1)] | Literal["max"] | ReplicaRange = 1
     """Engines to start: a number, `{min: 0, max: 8}` to follow the work, or `max` for as many as the cluster holds."""
     tensor_parallel: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
-    """GPUs (or CPU workers) per engine; `auto` for the fewest on which the model and a batch that pays have room."""
+    """GPUs (or CPU workers) per engine; `auto` for the fewest of one node on which the model and a batch that pays have
+    room. More GPUs than a node has are taken from several nodes, equally many of each."""
     engine_args: dict[str, Any] = Field(default={})
     """Laid over `model.engine_args` for this pool."""
     usd_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None

@@ -13,6 +13,7 @@ from enum import Enum
 from cluster.gpus import GpuType, precision_problem
 from cluster.model_size import ModelSize
 from cluster.precision import Precision
+from cluster.spread import nodes_of_replica
 from pipeline.errors import SpecError
 
 GIB = 2**30
@@ -30,6 +31,10 @@ WANTED_SEQUENCES = 128
 """Sequences that should run at once. A decode step reads all weights whatever the batch, so fewer waste the GPU: of the
 tokens per second that a Mixtral 8x7B makes on an H200 with 512 sequences of 600 tokens, 128 make a third, 16 a
 twentieth."""
+
+
+MAX_NODES = 4
+"""Of a replica, that the planner suggests; a user may ask for more."""
 
 
 class Fit(Enum):
@@ -117,7 +122,7 @@ def choose_tensor_parallel(size: ModelSize, *, gpu: GpuType, demand: Demand, gpu
     roomy = next((each for each in candidates if each.fit is Fit.ROOMY), None)
     tight = next((each for each in reversed(candidates) if each.fit is Fit.TIGHT), None)
     chosen = roomy or tight
-    reason = _why(chosen, demand) if chosen else _why_none(size, candidates, gpus_per_node, demand.precision)
+    reason = _why(chosen, demand) if chosen else _why_none(size, candidates, gpu, demand, gpus_per_node)
     return Choice(gpu.name, gpus_per_node, chosen, reason, candidates)
 
 
@@ -242,10 +247,21 @@ def _why(chosen: Candidate, demand: Demand) -> str:
     return f"{what} is the largest that model and node allow: {_room(chosen, demand)}, too few for a batch that pays"
 
 
-def _why_none(size: ModelSize, candidates: tuple[Candidate, ...], gpus_per_node: int, precision: Precision) -> str:
+def _why_none(
+    size: ModelSize, candidates: tuple[Candidate, ...], gpu: GpuType, demand: Demand, gpus_per_node: int
+) -> str:
     allowed = [each for each in candidates if not _broken_rule(size, each.tensor_parallel)]
-    cure = "" if precision.quantization else "an FP8, AWQ or GPTQ model, "
+    cure = "" if demand.precision.quantization else "an FP8, AWQ or GPTQ model, "
     return (
         f"nothing fits on a node of {gpus_per_node}: {allowed[-1].problem}; use {cure}a smaller max_model_len or a GPU "
-        "type with more memory"
+        f"type with more memory{_over_nodes(size, gpu, demand, gpus_per_node)}"
     )
+
+
+def _over_nodes(size: ModelSize, gpu: GpuType, demand: Demand, gpus_per_node: int) -> str:
+    """The size that fits over several nodes, to be asked for by name: between nodes the network decides the speed."""
+    for number in range(gpus_per_node + 1, MAX_NODES * gpus_per_node + 1):
+        num_nodes = nodes_of_replica(number, [gpus_per_node] * MAX_NODES)
+        if num_nodes <= MAX_NODES and assess(size, gpu=gpu, demand=demand, tensor_parallel=number).fit is Fit.ROOMY:
+            return f", or set tensor_parallel={number}, over {num_nodes} nodes with a fast network"
+    return ""

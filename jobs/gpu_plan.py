@@ -6,14 +6,16 @@ would be refused for, or would leave unused, is said with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.fleet_plan import PlannedModel, candidate_of, planned_model
 from cluster.gpus import CPU, GpuType, gpu_type
 from cluster.hardware import Hardware, NodeKind
+from cluster.pools import slot_shape
 from cluster.roofline import (
+    NETWORK_GB_PER_S,
     REAL_SHARE_HIGH,
     REAL_SHARE_LOW,
     Engine,
@@ -50,6 +52,7 @@ class PoolEstimate:
     """Output tokens of one replica, decoding with a full batch, at best."""
     run: RunEstimate | None = None
     """The whole job on this pool's replicas alone; None when it has none."""
+    nodes_per_replica: int = 1
 
     @property
     def replicas_per_node(self) -> int:
@@ -66,6 +69,7 @@ class PoolEstimate:
             "nodes": [{"gpus_per_node": kind.gpus_per_node, "nodes": kind.num_nodes} for kind in self.nodes],
             "replicas": self.num_replicas,
             "replicas_per_node": self.replicas_per_node,
+            "nodes_per_replica": self.nodes_per_replica,
             "tensor_parallel": chosen.tensor_parallel if chosen else None,
             "weights_gib_per_gpu": round(chosen.weights_gib, 2) if chosen else None,
             "kv_tokens": chosen.kv_tokens if chosen else None,
@@ -146,9 +150,14 @@ def plan_gpus(question: Question, hardware: Hardware | None, *, assumed: bool) -
     named = [pool for pool in fleet.pools if pool.gpu not in (CPU, AUTO)]
     if hardware is None:
         notes = ["fleet: auto takes what a cluster has, so there is nothing to plan yet"] if any_type else []
-        notes += [f"planned on one node of {NODE_GPUS} GPUs for each pool"] if named else []
-        there = Hardware(tuple(NodeKind(pool.gpu, NODE_GPUS, 1) for pool in named))
-        return GpuPlan(tuple(_estimate(pool, question, there) for pool in named), tuple(notes))
+        kinds = tuple(NodeKind(pool.gpu, NODE_GPUS, _nodes_of_replica(pool)) for pool in named)
+        if kinds:
+            few = all(kind.num_nodes == 1 for kind in kinds)
+            nodes = f"one node of {NODE_GPUS} GPUs" if few else f"as many nodes of {NODE_GPUS} GPUs as a replica takes"
+            notes.append(f"planned on {nodes} for each pool")
+        there = Hardware(kinds)
+        found = tuple(_estimate(pool, question, there) for pool in named)
+        return GpuPlan(found, (*notes, *_network_notes(found)))
     notes = [f"not used: {reason}" for reason in hardware.unknown]
     notes += [f"{pool.gpu}: fleet.pools asks for it, but there is none" for pool in named if not hardware.of(pool.gpu)]
     pools: list[PoolEstimate] = []
@@ -160,7 +169,23 @@ def plan_gpus(question: Question, hardware: Hardware | None, *, assumed: bool) -
         if pool is None and any_type is None:
             cure = "set `fleet: auto`, or add a pool" if assumed else "no pool names it"
             notes.append(f"{name}: a run of this spec would not use it; {cure}")
-    return GpuPlan(tuple(pools), tuple(notes))
+    return GpuPlan(tuple(pools), (*notes, *_network_notes(pools)))
+
+
+def _nodes_of_replica(pool: PoolSettings) -> int:
+    """On nodes of `NODE_GPUS` GPUs."""
+    return 1 if pool.tensor_parallel == AUTO else Hardware(()).nodes_of_replica(pool.gpu, pool.num_workers)
+
+
+def _network_notes(pools: Sequence[PoolEstimate]) -> Iterator[str]:
+    """What a plan can't know of replicas that span nodes."""
+    for pool in pools:
+        if pool.candidate is not None and pool.nodes_per_replica > 1:
+            yield (
+                f"{pool.gpu}: a replica of {pool.candidate.tensor_parallel} GPUs spans {pool.nodes_per_replica} nodes, "
+                f"and the network between them decides its speed: taken as {NETWORK_GB_PER_S:g} GB/s a GPU without "
+                "delay, so measure it with `tramontane preview`"
+            )
 
 
 def _estimate(pool: PoolSettings, question: Question, hardware: Hardware, *, is_used: bool = True) -> PoolEstimate:
@@ -179,7 +204,8 @@ def _estimate(pool: PoolSettings, question: Question, hardware: Hardware, *, is_
         num_replicas = min(num_replicas, pool.most)
     if not is_used:
         num_replicas = 0
-    engine = Engine(planned.size, gpu, chosen.tensor_parallel, planned.demand.precision)
+    num_nodes = hardware.nodes_of_replica(gpu.name, chosen.tensor_parallel)
+    engine = Engine(planned.size, gpu, chosen.tensor_parallel, planned.demand.precision, num_nodes)
     return PoolEstimate(
         gpu=gpu.name,
         nodes=nodes,
@@ -189,6 +215,7 @@ def _estimate(pool: PoolSettings, question: Question, hardware: Hardware, *, is_
         refused=refused,
         ideal_tokens_per_s=decode_step(engine, batch=chosen.max_num_seqs, context=question.context).tokens_per_s,
         run=_run(engine, num_replicas, chosen, question.work, pool) if num_replicas else None,
+        nodes_per_replica=num_nodes,
     )
 
 
@@ -214,7 +241,8 @@ def _reasons(
     own = f"tensor_parallel={size} is the spec's, {chosen.weights_gib:.1f} GiB of weights a GPU"
     fits = hardware.num_replicas(gpu.name, size)
     if fits < pool.least:
-        return f"{own}, but {pool.least} replicas need {size} GPUs on one node each, and {fits} fit", others
+        takes = slot_shape(pool, [gpu], num_nodes=hardware.nodes_of_replica(gpu.name, size)).describe()
+        return f"{own}, but {pool.least} x {takes} are needed, and {fits} fit", others
     if choice.chosen is None or choice.chosen.tensor_parallel == size:
         return own, others
     return f"{own}; `auto` would take {choice.chosen.tensor_parallel}", others

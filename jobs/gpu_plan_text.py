@@ -80,7 +80,7 @@ def _cells(pool: Mapping[str, Any]) -> tuple[str, ...]:
         pool["gpu"],
         ", ".join(f"{kind['nodes']} x {kind['gpus_per_node']}" for kind in pool["nodes"]),
         str(pool["tensor_parallel"]),
-        f"{pool['replicas_per_node']:,}",
+        f"{pool['replicas_per_node']:,}" if pool["nodes_per_replica"] == 1 else f"1 on {pool['nodes_per_replica']}",
         f"{pool['replicas']:,}",
         f"{pool['weights_gib_per_gpu']:.1f}",
         f"{pool['kv_tokens']:,}",

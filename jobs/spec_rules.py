@@ -74,10 +74,10 @@ _ELSEWHERE = {
     "api_key": "leave it out; a spec is stored with its results, so it may hold no secret",
     "runner": "leave it out; every job generates",
     "convert": "leave it out; every job generates",
-    "nnodes": "leave it out; a replica lives on one node",
-    "node_rank": "leave it out; a replica lives on one node",
-    "master_addr": "leave it out; a replica lives on one node",
-    "master_port": "leave it out; a replica lives on one node",
+    "nnodes": "leave it out; `tensor_parallel` decides over how many nodes a replica goes",
+    "node_rank": "leave it out; `tensor_parallel` decides over how many nodes a replica goes",
+    "master_addr": "leave it out; `tensor_parallel` decides over how many nodes a replica goes",
+    "master_port": "leave it out; `tensor_parallel` decides over how many nodes a replica goes",
 }
 SECTION_MODELS: dict[str, type[Settings]] = {
     "model": ModelSettings,

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from pipeline.consumers import Mailboxes
 from pipeline.engine import Engine, EngineInfo
+from pipeline.meeting import Meeting
 from pipeline.open_requests import OpenRequests
 from pipeline.replica_answers import RowResult
 from pipeline.replica_inbox import Cancel, Inbox
@@ -31,6 +32,14 @@ class EngineConfig(Protocol):
         """Load the model; runs once, on the engine's thread."""
         ...
 
+    def lead(self, meeting: Meeting) -> Engine:
+        """As `build`, for an engine over several nodes of which this is the first: wait for the others' parts."""
+        ...
+
+    def follow(self, meeting: Meeting, node_rank: int) -> None:
+        """Load the part of a further node, the first of which is 1; return when one of its processes has ended."""
+        ...
+
 
 class EngineThread:
     """Loads the engine, and steps it until the process ends or the engine dies."""
@@ -42,6 +51,8 @@ class EngineThread:
         self.info: EngineInfo | None = None
         self.death: Exception | None = None
         """What ended it."""
+        self.meeting: Meeting | None = None
+        """Where the engine's parts on other nodes find it, set before `start`; None when all of it is on this node."""
         self.num_steps = 0
         self._mailboxes = mailboxes
         self._tell = tell
@@ -60,7 +71,7 @@ class EngineThread:
         assert self._loop is not None  # noqa: S101  set before the thread starts
         engine: Engine | None = None
         try:
-            engine = config.build()
+            engine = config.build() if self.meeting is None else config.lead(self.meeting)
             self.info = engine.info
             self._on_loop(self._tell)
             while not self._loop.is_closed():  # then nobody is left to be told anything

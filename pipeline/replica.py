@@ -16,6 +16,7 @@ from pipeline.consumers import Mailboxes, consumer_of
 from pipeline.engine import EngineInfo, Request
 from pipeline.engine_thread import EngineConfig, EngineThread
 from pipeline.errors import ReplicaDied
+from pipeline.meeting import Meeting, call_meeting
 from pipeline.replica_answers import Poll
 from pipeline.replica_inbox import Abort, Cancel, Drain, Recall
 
@@ -37,6 +38,11 @@ class Replica:
         self._ready = asyncio.Event()
         self._dead = asyncio.Event()
         self._engine = EngineThread(config, self._mailboxes, tell=self._hear)
+
+    async def call_meeting(self, num_nodes: int) -> Meeting:
+        """Before `info`: have the engine span so many nodes, this one first, and say where the others find it."""
+        self._engine.meeting = call_meeting(num_nodes)
+        return self._engine.meeting
 
     async def info(self) -> EngineInfo:
         """Start loading if need be, wait until the engine is ready, and describe it.

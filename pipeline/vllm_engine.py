@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,21 @@ from pydantic import ValidationError
 from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Piece, Request
 from pipeline.errors import RequestRefused, SpecError
 from pipeline.json_schemas import schema_text
+from pipeline.meeting import Meeting, own_address
 from pipeline.model import fetch_model, read_config, routing_layers
 from pipeline.settings import ModelSettings, SamplingSettings
-from pipeline.vllm_arguments import engine_arguments, engine_environment, lookahead, refuse_unknown
+from pipeline.vllm_arguments import (
+    engine_arguments,
+    engine_environment,
+    lookahead,
+    refuse_unknown,
+    span_arguments,
+)
 from pipeline.vllm_requests import VllmRequests
 
 CORE_WATCH_INTERVAL_S = 0.25
+WORKER_WATCH_INTERVAL_S = 1.0
+"""A dead worker is noticed at once; this is for when the system's sign of that fails."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class VllmEngineConfig:
     moe: MoeShape | None
     """Shape of the model's routing, or None to capture nothing."""
     tensor_parallel: int = 1
+    num_nodes: int = 1
+    """Over which the tensor-parallel workers are spread evenly."""
     on_cpu: bool = False
     num_threads: int = 1
     """CPU build only: threads of the forward pass."""
@@ -52,7 +64,10 @@ class VllmEngineConfig:
     def environment(self) -> dict[str, str]:
         """Environment variables that must be set before the replica's process imports torch."""
         return engine_environment(
-            on_cpu=self.on_cpu, num_threads=self.num_threads, tensor_parallel=self.tensor_parallel
+            on_cpu=self.on_cpu,
+            num_threads=self.num_threads,
+            tensor_parallel=self.tensor_parallel,
+            num_nodes=self.num_nodes,
         )
 
     def build(self) -> VllmEngine:
@@ -62,25 +77,49 @@ class VllmEngineConfig:
             SpecError: an engine argument that this vLLM doesn't know, or a value that it refuses; a model that isn't
                 on this node and can't be had from here.
         """
+        return VllmEngine(self._with_model())
+
+    def lead(self, meeting: Meeting) -> VllmEngine:
+        """As `build`, with as many further nodes' workers as the meeting says, once they are there."""
+        _be_known_as(meeting.address)
+        return VllmEngine(self._with_model(), span_arguments(meeting, 0))
+
+    def follow(self, meeting: Meeting, node_rank: int) -> None:
+        """Run a further node's workers until one of them ends; the others end with this process.
+
+        What `vllm serve --headless` does, but for its monitor, which can take a worker that still loads for a dead one,
+        and asks the others to go, which takes 10 s and more while they wait for the dead one.
+        """
+        os.environ.update(self.environment())
+        _be_known_as(own_address())
+        from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+        args = _engine_args(self._with_model(), span_arguments(meeting, node_rank))
+        with _refusals_as_spec_errors():
+            vllm_config = args.create_engine_config(headless=True)
+        executor = MultiprocExecutor(vllm_config, monitor_workers=False)
+        while all(worker.proc.is_alive() for worker in executor.workers):
+            wait([worker.proc.sentinel for worker in executor.workers], timeout=WORKER_WATCH_INTERVAL_S)
+
+    def _with_model(self) -> VllmEngineConfig:
+        """With the model on this node."""
         if self.source is None or Path(self.model_path, "config.json").is_file():
-            return VllmEngine(self)
-        return VllmEngine(replace(self, model_path=fetch_model(self.source).path))
+            return self
+        return replace(self, model_path=fetch_model(self.source).path)
 
 
 class VllmEngine:
     """One vLLM engine, stepped by the thread that made it."""
 
-    def __init__(self, config: VllmEngineConfig) -> None:
+    def __init__(self, config: VllmEngineConfig, span: Mapping[str, Any] | None = None) -> None:
+        """`span`: this node's part in an engine over several nodes, see `span_arguments`."""
         os.environ.update(config.environment())
         _stay_in_this_cluster()
         from vllm import LLMEngine
 
-        args = _engine_args(config)
-        try:
+        args = _engine_args(config, span or {})
+        with _refusals_as_spec_errors():
             self._engine = LLMEngine.from_engine_args(args)
-        except ValidationError as error:  # a value that vLLM's own settings refuse stays refused
-            reasons = "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
-            raise SpecError(f"vLLM refuses these settings: {reasons[:800]}; correct the spec") from error
         # vLLM fills in zeros for layers without a router, which no guard could tell from a broken capture.
         self._open = VllmRequests(routing_layers(read_config(Path(config.model_path) / "config.json")))
         self._closed = threading.Event()
@@ -166,7 +205,7 @@ def _core_runs_ahead() -> bool:
     return bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
 
 
-def _engine_args(config: VllmEngineConfig) -> Any:
+def _engine_args(config: VllmEngineConfig, span: Mapping[str, Any]) -> Any:
     from vllm import EngineArgs
 
     args = engine_arguments(
@@ -180,8 +219,29 @@ def _engine_args(config: VllmEngineConfig) -> Any:
         on_cpu=config.on_cpu,
     )
     known = {field.name for field in fields(EngineArgs)}
+    if not known.issuperset(span):
+        raise SpecError(
+            "the installed vLLM can't run one engine over several nodes (no engine argument `nnodes`); install a newer "
+            "one, or lower tensor_parallel to what a node has"
+        )
     refuse_unknown(config.engine_args, known)
-    return EngineArgs(**{name: value for name, value in args.items() if name in known})
+    return EngineArgs(**{name: value for name, value in {**args, **span}.items() if name in known})
+
+
+def _be_known_as(address: str) -> None:
+    """Have this node's part listen where the others reach it; vLLM would take the way to 8.8.8.8 for that."""
+    os.environ.setdefault("VLLM_HOST_IP", address)
+    _stay_in_this_cluster()
+
+
+@contextlib.contextmanager
+def _refusals_as_spec_errors() -> Iterator[None]:
+    """Within the block a value that vLLM's own settings refuse is the spec's mistake: it stays refused."""
+    try:
+        yield
+    except ValidationError as error:
+        reasons = "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
+        raise SpecError(f"vLLM refuses these settings: {reasons[:800]}; correct the spec") from error
 
 
 def _stay_in_this_cluster() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ import pipeline.consumers
 from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Piece, Request, Sample, Timing, TokenLog
 from pipeline.errors import RequestRefused
 from pipeline.json_schemas import schema_text
+from pipeline.meeting import Meeting
 from tests.scripted_json import json_text
 
 MOE = MoeShape(num_layers=2, num_experts=8, top_k=2)
@@ -41,6 +44,7 @@ class ScriptedConfig:
     step_delay_s: float = 0.0
     start_delay_s: float = 0.0
     fail_start: str | None = None
+    fail_follower: str | None = None
     moe: MoeShape | None = MOE
     random_routing: bool = False
     faults: dict[int, str] = field(default_factory=dict)
@@ -64,11 +68,40 @@ class ScriptedConfig:
         time.sleep(self.start_delay_s)
         return ScriptedEngine(self)
 
+    def lead(self, meeting: Meeting) -> ScriptedEngine:
+        """As vLLM's: up when the parts on all other nodes have come to the meeting place."""
+        with socket.create_server((meeting.address, meeting.port)) as server:
+            server.settimeout(60)
+            parts = [server.accept()[0] for _ in range(meeting.num_nodes - 1)]
+        engine = self.build()
+        engine.parts = parts
+        return engine
+
+    def follow(self, meeting: Meeting, node_rank: int) -> None:
+        """Logs where it is as `PID.follower`; as vLLM's, it doesn't end by itself when the first node's part does."""
+        if self.fail_follower:
+            raise RuntimeError(self.fail_follower)
+        if self.journal:
+            with open(os.path.join(self.journal, f"{os.getpid()}.follower"), "w") as file:
+                file.write(ray.get_runtime_context().get_node_id())
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                part = socket.create_connection((meeting.address, meeting.port), timeout=1)
+                break
+            except OSError:
+                assert time.monotonic() < deadline, f"nobody listens at {meeting}"
+                time.sleep(0.05)
+        threading.Event().wait()
+        part.close()
+
 
 class ScriptedEngine:
     def __init__(self, config: ScriptedConfig) -> None:
         self.config = config
         self.info = EngineInfo(config.max_num_seqs, config.max_model_len, config.moe, {"scripted": "1"})
+        self.parts: list[socket.socket] = []
+        """Connections to its parts on other nodes."""
         self._running: dict[str, tuple[Request, int]] = {}
         self._seen: set[int] = set()
         self._streams: dict[str, list[Piece]] = {}

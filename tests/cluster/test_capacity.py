@@ -16,6 +16,7 @@ from cluster.capacity import (
 )
 from cluster.nodes import Node
 from cluster.pools import GPU_TYPE_LABEL, UNBOUNDED, PoolPlan, SlotShape
+from cluster.spread import num_spread
 from pipeline.errors import SpecError
 from tests.scripted_engine import ScriptedConfig
 
@@ -46,6 +47,9 @@ H100 = [node("1", 8, "H100"), node("2", 8, "H100")]
         ([pool("H100-80G", 8, 2)], H100),
         ([pool("H100-80G", 6, 2), pool("H100-80G", 2, 2)], H100),
         ([pool("H100-80G", 8, 1, bundles=2)], H100),
+        ([pool("H100-80G", 4, 2, bundles=2)], H100),
+        ([pool("L4", 1, 2, bundles=2)], [node("1", 1, "L4"), node("2", 1, "L4"), node("3", 2, "L4")]),
+        ([pool("H100-80G", 4, 2), pool("H100-80G", 4, 1, bundles=2)], H100),  # the largest is placed first
         ([pool("L4", 1, 0, most=8), pool("H100-80G", 8, 1)], H100),  # nothing is asked of the first
         ([pool("A100-80G", 2, 1)], [node("1", 2, "A100-80G")]),
         ([cpu_pool(8), pool("L4", 4)], [node("1", 4, "L4", cpus=8), node("2", 0, cpus=16)]),  # each where it must go
@@ -69,6 +73,12 @@ def test_what_fits_is_let_through(pools: list[PoolPlan], nodes: list[Node]) -> N
         ),
         ([pool("H100-80G", 6, 2), pool("H100-80G", 4, 1)], H100, "H100-80G needs 4 GPUs"),
         ([pool("H100-80G", 8, 1, bundles=3)], H100, "on each of 3 nodes"),
+        (
+            [pool("H100-80G", 3, 1, bundles=2)],
+            [node("1", 4, "H100"), node("2", 2, "H100"), node("3", 8, "L4")],
+            r"needs 3 GPUs of H100-80G on each of 2 nodes.*equally many .* or have 2 nodes with 3 GPUs of H100-80G",
+        ),
+        ([pool("H100-80G", 4, 3, bundles=2)], [*H100, node("3", 4, "H100")], "2 of 3 fit.*Lower replicas to 2"),
         ([pool("L4", 1, 0, most=8)], H100, "1 GPU of L4"),  # nothing that may be there ever could
         ([pool("H100-80G", 1, 1)], [node("1", 8, "H100", cpus=0)], "can never hold"),
         ([pool("H100-80G", 1)], [node("1", 0, cpus=8)], "Set gpu: cpu or fleet: auto, or name a Ray cluster"),
@@ -117,12 +127,19 @@ def test_nodes_in_words() -> None:
     assert describe_nodes(nodes) == "1 node with 8 CPUs and no GPU, 2 nodes with 8 GPUs (H100)"
 
 
-@given(sizes=st.lists(st.integers(1, 8), max_size=6), tp=st.integers(1, 8), replicas=st.integers(1, 30))
-def test_equal_slots_fit_exactly_as_often_as_they_divide_into_nodes(sizes: list[int], tp: int, replicas: int) -> None:
+@given(
+    sizes=st.lists(st.integers(1, 8), max_size=6),
+    share=st.integers(1, 8),
+    bundles=st.integers(1, 3),
+    replicas=st.integers(1, 30),
+)
+def test_equal_slots_fit_exactly_as_often_as_they_divide_into_nodes(
+    sizes: list[int], share: int, bundles: int, replicas: int
+) -> None:
     nodes = [node(str(i), size, "L4") for i, size in enumerate(sizes)]
-    fits = sum(size // tp for size in sizes) >= replicas
-    if fits:
-        check_capacity([pool("L4", tp, replicas)], nodes)
+    asked = [pool("L4", share, replicas, bundles=bundles)]
+    if num_spread([size // share for size in sizes], bundles) >= replicas:
+        check_capacity(asked, nodes)
     else:
         with pytest.raises(SpecError):
-            check_capacity([pool("L4", tp, replicas)], nodes)
+            check_capacity(asked, nodes)

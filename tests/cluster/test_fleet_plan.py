@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cluster.capacity import check_capacity
 from cluster.fleet_plan import FleetDemand, decide_fleet, refuse_impossible
 from cluster.gpus import GpuType
 from cluster.hardware import Hardware, NodeKind
@@ -90,6 +91,34 @@ def test_the_largest_node_decides_which_sizes_there_are(mixtral: str) -> None:
     assert plan.shape.num_gpus == 8
     with pytest.raises(SpecError, match=r"fleet.pools\[0\] \(L4\): nothing fits on a node of 4"):
         demand(fleet(pool), mixtral).plans([node("a", 4, "L4")], grows=False)
+
+
+def test_a_replica_larger_than_a_node_goes_evenly_over_several_of_its_type(mixtral: str) -> None:
+    pools = fleet({"gpu": "H100-80G", "tensor_parallel": 8, "replicas": "max"}, {"gpu": "H200", "tensor_parallel": 8})
+    nodes = [HEAD, *(node(name, 4, "H100") for name in "abc"), node("d", 8, "H200")]
+    [spread, whole], _ = demand(pools, mixtral).plans(nodes, grows=False)
+    assert (spread.shape.num_gpus, spread.shape.num_bundles, spread.shape.gpu_labels) == (4, 2, ("H100-80G", "H100"))
+    assert spread.shape.describe() == "4 GPUs of H100-80G on each of 2 nodes"
+    assert isinstance(spread.engine, VllmEngineConfig)
+    assert (spread.engine.tensor_parallel, spread.engine.num_nodes) == (8, 2)
+    assert (whole.shape.num_gpus, whole.shape.num_bundles) == (8, 1)
+    check_capacity([spread, whole], nodes)
+
+
+def test_what_can_not_be_spread_evenly_is_refused_with_what_is_there_and_the_cure(mixtral: str) -> None:
+    pools = fleet({"gpu": "H100-80G", "tensor_parallel": 8})
+    nodes = [HEAD, node("a", 4, "H100"), node("b", 2, "H100"), node("c", 2, "H100"), node("d", 8, "L4")]
+    plans, _ = demand(pools, mixtral).plans(nodes, grows=False)  # eight GPUs in all, but 4 + 2 + 2
+    with pytest.raises(
+        SpecError, match=r"needs 4 GPUs of H100-80G on each of 2 nodes.*equally many.*lower tensor_par"
+    ) as e:
+        check_capacity(plans, nodes)
+    assert e.value.exit_code == 2
+    automatic = fleet({"gpu": "auto", "tensor_parallel": 8})
+    with pytest.raises(
+        SpecError, match="H100-80G: no node has 8 of them, as tensor_parallel asks for, and no nodes ha"
+    ):
+        demand(automatic, mixtral).plans(nodes[:-1], grows=False)
 
 
 def test_batch_sizes_are_the_planners_where_the_user_gave_none(mixtral: str) -> None:

@@ -46,6 +46,12 @@ def test_assumptions_of_one_kind_add_up() -> None:
     assert hardware.largest_node("L4") == 8
     assert hardware.num_replicas("L4", 8) == 3
     assert hardware.num_replicas("L4", 3) == 2 * 3 + 1
+    assert (hardware.nodes_of_replica("L4", 16), hardware.num_replicas("L4", 16)) == (2, 1)  # eight of each of two
+    assert (hardware.nodes_of_replica("L4", 12), hardware.num_replicas("L4", 12)) == (
+        2,
+        1,
+    )  # six, so not on that of four
+    assert (hardware.nodes_of_replica("T4", 16), hardware.num_replicas("T4", 16)) == (2, 0)
     assert (hardware.num_replicas("T4", 1), hardware.largest_node("T4", otherwise=8)) == (0, 8)
 
 

@@ -59,6 +59,11 @@ def test_cluster_that_never_changes_has_no_autoscaler() -> None:
         (3, 3, 8, (2, 2)),
         ({"min": 0, "max": 9}, 1, 8, (0, 2)),
         ({"min": 1, "max": 3}, 8, 8, (1, 3)),
+        (1, 16, 8, (2, 2)),  # a replica over two nodes
+        (3, 16, 8, (6, 6)),
+        (3, 6, 4, (6, 6)),  # three GPUs of each, and one left over
+        (2, 16, 6, (8, 8)),  # four of each
+        ({"min": 0, "max": 2}, 16, 8, (0, 4)),
     ],
 )
 def test_nodes_are_worked_out_from_replicas(
@@ -67,6 +72,13 @@ def test_nodes_are_worked_out_from_replicas(
     pool = {"gpu": "H200", "tensor_parallel": tensor_parallel, "replicas": replicas}
     [group] = node_groups(fleet([pool], [{"gpu": "H200", "gpus_per_node": gpus_per_node}]))
     assert (group.min_nodes, group.max_nodes) == expected
+
+
+def test_a_manifest_says_that_replicas_span_nodes_and_what_it_does_not_ask_for() -> None:
+    text = manifest(fleet([{**H100, "tensor_parallel": 16}], [GROUP]), "raycluster")
+    assert "A replica spans 2 of them" in text
+    assert "RDMA" in text
+    assert "RDMA" not in manifest(fleet([H100], [GROUP]), "raycluster")
 
 
 def test_amd_gpus_are_asked_for_by_their_own_name() -> None:
@@ -103,7 +115,11 @@ REFUSALS: list[tuple[str, FleetFile, str]] = [
         fleet([H100, {"gpu": "L4"}], [GROUP]),
         r"pools\[1\] asks for gpu L4, but cluster.groups has H100-80G",
     ),
-    ("raycluster", fleet([{**H100, "tensor_parallel": 16}], [GROUP]), r"tensor_parallel=16 is more than the 8 GPUs"),
+    (
+        "raycluster",
+        fleet([{**H100, "tensor_parallel": 16}], [{**GROUP, "max_nodes": 1}]),
+        r"tensor_parallel=16 is more than the 8 GPUs.*evenly takes 2 nodes, but max_nodes is 1",
+    ),
     ("raycluster", fleet([{"gpu": "cpu", "tensor_parallel": 9}], [{"gpu": "cpu"}]), r"more than the 8 CPUs"),
     ("raycluster", fleet([H100], [GROUP, GROUP]), "second group of H100-80G"),
     ("raycluster", fleet([H100], [GROUP, {"gpu": "L4"}]), "no pool uses L4"),

@@ -223,6 +223,13 @@ def test_a_node_with_fewer_gpus_takes_smaller_sizes_only() -> None:
     assert (six.chosen.tensor_parallel, six.replicas_per_node) == (4, 1)
 
 
+def test_what_no_node_holds_is_told_which_size_would_do_over_several() -> None:
+    """At 8 there is room for 200,000 tokens, see `CASES`; at 4 the weights alone take 65.49 of 40.84 GiB."""
+    choice = choose_tensor_parallel(MODELS["8x22B"], gpu=GPU_TYPES["L40S"], demand=DEMAND, gpus_per_node=4)
+    assert choice.chosen is None
+    assert choice.reason.endswith("or set tensor_parallel=8, over 2 nodes with a fast network")
+
+
 def test_a_size_that_a_user_gave_is_refused_with_the_one_to_use() -> None:
     with pytest.raises(SpecError, match=r"tensor_parallel=2 puts 43\.5 GiB .* L4 has 20\.3 .*; use tensor_parallel=8$"):
         require_fit(MODELS["8x7B"], gpu=GPU_TYPES["L4"], demand=DEMAND, tensor_parallel=2)

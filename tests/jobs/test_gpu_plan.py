@@ -25,6 +25,7 @@ from cluster.roofline import TokenTotal, Work
 from cluster.settings import FleetSettings
 from jobs.estimate import estimate, estimate_lines, machines_of
 from jobs.gpu_plan import GpuPlan, Question, expected_output, plan_gpus
+from jobs.gpu_plan_text import gpu_lines
 from jobs.prepare import prepare
 from jobs.run import RunOptions, run_job
 from jobs.spec import parse_spec
@@ -133,9 +134,13 @@ def test_a_type_that_can_not_hold_the_model_is_refused_and_the_others_planned(mi
     [
         ({"replicas": 3}, 3, "tensor_parallel=1 is the spec's, 87.0 GiB of weights a GPU"),
         ({"replicas": {"min": 1, "max": 20}}, 8, "is the spec's"),
-        ({"replicas": 9}, 8, "but 9 replicas need 1 GPUs on one node each, and 8 fit"),
+        ({"replicas": 9}, 8, "but 9 x 1 GPU of H200 on one node are needed, and 8 fit"),
         ({"replicas": "max", "tensor_parallel": 4}, 2, "; `auto` would take 1"),
-        ({"replicas": "max", "tensor_parallel": 16}, 0, "and 0 fit"),
+        (
+            {"replicas": "max", "tensor_parallel": 16},
+            0,
+            "but 1 x 8 GPUs of H200 on each of 2 nodes are needed, and 0 fit",
+        ),
     ],
 )
 def test_the_specs_own_numbers_are_kept_and_commented(
@@ -144,6 +149,25 @@ def test_the_specs_own_numbers_are_kept_and_commented(
     [found] = planned(mixtral, {"pools": [{"gpu": "H200", **pool}]}, assumed_hardware(["H200:8x1"])).pools
     assert found.num_replicas == replicas
     assert words in found.reason
+
+
+def test_a_replica_over_nodes_is_counted_and_said_to_hang_on_the_network(mixtral: Path) -> None:
+    """All-reduces of 524,288 bytes a token, 2 x 15/16 of them sent: 983,040 / (0.75 x 25 GB/s) = 52.4 us a token."""
+    spec = {"pools": [{"gpu": "H100-80G", "replicas": "max", "tensor_parallel": 16}]}
+    plan = planned(mixtral, spec, assumed_hardware(["H100-80G:8x5"]))
+    [pool] = plan.pools
+    assert (pool.num_replicas, pool.nodes_per_replica, pool.replicas_per_node) == (2, 2, 0)
+    [note] = plan.notes
+    assert note.startswith("H100-80G: a replica of 16 GPUs spans 2 nodes, and the network between them decides its spe")
+    assert pool.candidate is not None
+    assert pool.ideal_tokens_per_s < 1 / 52.4e-6
+    tokens = {"total": 1, "low": 1, "high": 1}
+    report = {"cluster": "assumed", "notes": [], "pools": [pool.to_json()], "output_tokens": tokens, "total": None}
+    [cells] = [line for line in gpu_lines({**report, "output_is_exact": True}) if line.startswith("          H100-80G")]
+    assert cells.split()[1:9] == ["5", "x", "8", "16", "1", "on", "2", "2"]
+    alone = planned(mixtral, spec, None)
+    assert alone.pools[0].num_replicas == 1
+    assert alone.notes[0] == "planned on as many nodes of 8 GPUs as a replica takes for each pool"
 
 
 def test_without_a_cluster_each_pool_is_planned_on_one_node_and_says_so(mixtral: Path) -> None:
