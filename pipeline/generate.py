@@ -19,6 +19,7 @@ from pipeline.engine import MoeShape, Request
 from pipeline.errors import InfrastructureError
 from pipeline.labels import LabelRule
 from pipeline.monitor import Figures, Order
+from pipeline.multi_labels import MultiLabelRule
 from pipeline.results import ResultBuilder
 from pipeline.rows import ERROR, FILE, PROMPT_IDS, ROW, SHARD, sampling_texts
 from pipeline.sampling import is_greedy, row_seed, sampling_from_json
@@ -51,7 +52,7 @@ class GenerateSettings:
     """Of a labelling job: answers to choose among instead of generating."""
     dedupe: bool = True
     """Run equal requests once when their outcome depends on nothing else."""
-    labels: LabelRule | None = None
+    labels: LabelRule | MultiLabelRule | None = None
 
 
 class GenerateStage:

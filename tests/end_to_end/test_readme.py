@@ -135,6 +135,11 @@ def test_the_batch_files_spec_is_valid() -> None:
     assert parse_spec(text, name="README.md").input.format == "openai_batch"
 
 
+def test_the_chains_second_spec_is_valid() -> None:
+    [text] = [block.text for block in BLOCKS if block.kind == "yaml" and "prefix: topic_" in block.text]
+    assert parse_spec(text, name="README.md").input.prefix == "topic_"
+
+
 def test_only_what_needs_a_gpu_a_cluster_a_network_or_a_package_is_not_run() -> None:
     left_out = [block.note for block in BLOCKS if block not in TO_RUN]
     assert sorted(left_out) == [
