@@ -218,7 +218,7 @@ def test_a_judge_scores_what_the_filters_leave_and_drops_what_is_below(tmp_path:
     rows, output = write_prompts(tmp_path / "in.parquet", 80), tmp_path / "out"
 
     def synthesize(**judge: Any) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-        job = synthesis_job(rows, output, filters={"rejects": "bug"}, judge={**JUDGE, **judge})
+        job = synthesis_job(rows, output, filters={"rejects": "bug"}, retries=0, judge={**JUDGE, **judge})
         report = run_scripted(job)["synthesis"]
         return report, read_folder(output / "records"), read_folder(output / "dropped")
 
@@ -252,7 +252,7 @@ def test_a_record_that_the_judge_can_not_be_asked_about_is_dropped_with_the_reas
     texts[7] = "[INST] " + "long " * 400
     rows = write_prompts(tmp_path / "in.parquet", 20, text=texts)
     instructions = "{{ text }} " * 5 + "Is it of use?"
-    run_scripted(synthesis_job(rows, tmp_path / "out", judge={**JUDGE, "instructions": instructions}))
+    run_scripted(synthesis_job(rows, tmp_path / "out", retries=0, judge={**JUDGE, "instructions": instructions}))
     dropped = {row["source_row"]: row for row in read_folder(tmp_path / "out" / "dropped")}
     assert dropped[7]["reason"] == "not_judged"
     assert dropped[7]["detail"].startswith("prompt_too_long: ")
