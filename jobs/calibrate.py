@@ -5,6 +5,7 @@ Reads a finished output whose rows carry their true label in a column, and write
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ from jobs.calibration import (
     reliability,
     tempered,
 )
+from jobs.label_report import label_column
+from jobs.multi_calibration import decisions_of
 from jobs.status import output_of
 from pipeline.errors import SpecError
 from pipeline.labels import PROBABILITIES
+from pipeline.multi_labels import LABELS
 from pipeline.parts import DATA, committed_parts
 from pipeline.storage import Store
 
@@ -43,10 +47,19 @@ def read_calibration(text: str, gold_column: str) -> dict[str, Any]:
         SpecError: it is no output of a labelling run, has no such column, or too few rows with a true label.
     """
     store = Store(output_of(text))
-    choices, probabilities, gold, num_other = _read(store, gold_column)
-    if len(gold) < FEWEST_ROWS:
+    if _is_multi(store):
+        found = decisions_of(store, _tables(store, gold_column), gold_column)
+        probabilities, gold = found.as_choices()
+        counts = {"rows": len(found.truth), "rows_with_another_gold_label": found.num_other, "decisions": len(gold)}
+        figures, shares = found.figures(), found.shares()
+    else:
+        choices, probabilities, gold, num_other = _read(store, gold_column)
+        counts = {"rows": len(gold), "rows_with_another_gold_label": num_other}
+        figures, shares = choice_figures(probabilities, gold, choices), {"accuracy": accuracy(probabilities, gold)}
+    if counts["rows"] < FEWEST_ROWS:
+        what = "lists of choices" if "decisions" in counts else "one of the choices"
         raise SpecError(
-            f"{len(gold)} rows in {store.root} have both label probabilities and one of the choices in "
+            f"{counts['rows']} rows in {store.root} have both label probabilities and {what} in "
             f"{gold_column!r}; give at least {FEWEST_ROWS}"
         )
     temperature = fit_temperature(probabilities, gold)
@@ -54,15 +67,14 @@ def read_calibration(text: str, gold_column: str) -> dict[str, Any]:
     return {
         "output": store.root,
         "gold": gold_column,
-        "rows": len(gold),
-        "rows_with_another_gold_label": num_other,
-        "accuracy": accuracy(probabilities, gold),
+        **counts,
+        **shares,
         "temperature": temperature,
         "expected_calibration_error": {
             "before": expected_calibration_error(before),
             "after": expected_calibration_error(after),
         },
-        "choices": [asdict(each) for each in choice_figures(probabilities, gold, choices)],
+        "choices": [asdict(each) for each in figures],
         "reliability": {"before": [asdict(each) for each in before], "after": [asdict(each) for each in after]},
     }
 
@@ -71,9 +83,13 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
     """The same for people."""
     errors = report["expected_calibration_error"]
     width = max(len("label"), *(len(each["choice"]) for each in report["choices"]))
+    several = ""
+    if "decisions" in report:
+        decided = f"of {report['decisions']:,} decisions, a yes or no about each label"
+        several = f"   ({decided}; rows with all of them right: {report['rows_all_right']:.3f})"
     lines = [
         f"{report['output']}: {report['rows']:,} rows with a true label in `{report['gold']}`",
-        f"accuracy     {report['accuracy']:.3f}",
+        f"accuracy     {report['accuracy']:.3f}{several}",
         f"temperature  {report['temperature']:.3f}   (put into the spec: label.temperature, times what is there now)",
         f"calibration  expected error {errors['before']:.3f}, with that temperature {errors['after']:.3f}",
         "",
@@ -136,9 +152,7 @@ def _read(store: Store, gold_column: str) -> tuple[list[str], Floats, Indices, i
     said: list[Floats] = []
     gold: list[int] = []
     num_other = 0
-    for name in sorted(committed_parts(store)):
-        with store.open(f"{DATA}/{name}") as file:
-            table = _columns(pq.ParquetFile(file), gold_column, store)
+    for table in _tables(store, gold_column):
         kind = table.schema.field(PROBABILITIES).type
         choices = [kind.field(index).name for index in range(kind.num_fields)]
         index_of = {choice: index for index, choice in enumerate(choices)}
@@ -150,9 +164,24 @@ def _read(store: Store, gold_column: str) -> tuple[list[str], Floats, Indices, i
         said.append(matrix[known])
         gold += [true for true in trues if true is not None]
         num_other += len(trues) - len(known)
-    if not said:
-        raise SpecError(f"{store.root} holds no committed rows; give the output of a labelling run")
     return choices, np.concatenate(said), np.array(gold, dtype=np.int64), num_other
+
+
+def _is_multi(store: Store) -> bool:
+    """Whether the run gave any number of labels a row."""
+    parts = sorted(committed_parts(store))
+    if not parts:
+        raise SpecError(f"{store.root} holds no committed rows; give the output of a labelling run")
+    with store.open(f"{DATA}/{parts[0]}") as file:
+        names = pq.ParquetFile(file).schema_arrow.names
+    return PROBABILITIES in names and label_column(names) == LABELS
+
+
+def _tables(store: Store, gold_column: str) -> Iterator[pa.Table]:
+    """Of each part the columns that are needed."""
+    for name in sorted(committed_parts(store)):
+        with store.open(f"{DATA}/{name}") as file:
+            yield _columns(pq.ParquetFile(file), gold_column, store)
 
 
 def _columns(file: pq.ParquetFile, gold_column: str, store: Store) -> pa.Table:

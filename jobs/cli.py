@@ -95,24 +95,27 @@ def demo(
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="File to write.", metavar="SPEC")] = Path("job.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    path: Annotated[
+        Path | None, typer.Argument(help="File to write; job.yaml, or the example's name.", metavar="[SPEC]")
+    ] = None,
+    example: Annotated[
+        str | None, typer.Option(help="Copy a complete job: tickets, pairs or translation.", metavar="NAME")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Write a commented spec to start from.
+    """Write a commented spec to start from, or a whole example.
 
     Example: tramontane init labels.yaml
     """
-    from jobs.init_template import init_template
-    from pipeline.errors import SpecError
+    from jobs.init_files import example_files, spec_file, write_files
 
-    if path.exists() and not force:
-        raise SpecError(f"{path} exists; choose another name, or overwrite it with --force")
-    try:
-        path.write_text(init_template(name=path.stem), encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"{path} can't be written: {error.strerror}; choose a file in a folder that exists") from None
+    path = path or Path("job.yaml" if example is None else f"{example}.yaml")
+    files = spec_file(path) if example is None else example_files(example, path)
+    write_files(files, force=force)
     shown = shlex.quote(str(path))
-    _say(f"wrote {path}; next: edit it, then `tramontane validate {shown}` and `tramontane run {shown}`")
+    first = "edit it" if example is None else "read it"
+    written = " and ".join(str(file) for file in files)
+    _say(f"wrote {written}; next: {first}, then `tramontane validate {shown}` and `tramontane run {shown}`")
 
 
 @app.command()

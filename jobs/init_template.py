@@ -57,13 +57,13 @@ def _field(node: FieldNode, chosen: Mapping[str, Any], indent: str, *, is_first:
         yield key
         yield from _section(node, chosen, indent)
     elif node.dotted in chosen:
-        yield f"{key} {_yaml(chosen[node.dotted])}"
+        yield f"{key} {yaml_text(chosen[node.dotted])}"
     else:
         if node.kind == "option":
             yield from _comment(f"A mapping: {{{', '.join(f'{name}: ...' for name in node.children)}}}", indent)
         if node.kind == "sections":
             yield from _comment(f"Each entry: {{{', '.join(f'{name}: ...' for name in node.children)}}}", indent)
-        yield f"{indent}#{node.path[-1]}: {_yaml(node.default)}"
+        yield f"{indent}#{node.path[-1]}: {yaml_text(node.default)}"
 
 
 def _section(node: FieldNode, chosen: Mapping[str, Any], indent: str) -> Iterator[str]:
@@ -77,7 +77,8 @@ def _comment(doc: str, indent: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ") if text else []
 
 
-def _yaml(value: object) -> str:
+def yaml_text(value: object) -> str:
+    """A value on one line of YAML, without quotes where it needs none."""
     if isinstance(value, str) and _PLAIN.fullmatch(value) and isinstance(plain_value(value), str):
         return value
     if isinstance(value, list) and value and isinstance(value[0], BaseModel):

@@ -7,6 +7,7 @@ part, so that doing it again changes nothing.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.labels import CONFIDENCE, LABEL
+from pipeline.multi_labels import LABELS
 from pipeline.parts import open_part, part_sizes, read_part
 from pipeline.settings import LabelSettings
 from pipeline.storage import Store
@@ -26,7 +28,11 @@ _PART_THREADS = 8  # object stores answer a part's requests one after the other,
 
 @dataclass(slots=True)
 class _Found:
-    labels: Counter[str | None] = field(default_factory=Counter)
+    num_rows: int = 0
+    """That have a label, or null for being unsure."""
+    labels: Counter[str] = field(default_factory=Counter)
+    num_unlabelled: int = 0
+    """Rows that have none: unsure ones, and with `multi` those that nothing fits."""
     confidence: float = 0.0
     """Sum over labelled rows."""
     num_unsure: int = 0
@@ -45,12 +51,12 @@ def report_labels(store: Store, settings: LabelSettings) -> dict[str, Any]:
     to_review = {name for name, part in zip(sorted(sizes), found, strict=True) if part.num_to_review}
     for name in reviewed - to_review:
         store.delete(f"{REVIEW}/{name}")
-    labels = sum((part.labels for part in found), Counter[str | None]())
-    num_rows = labels.total()
+    labels = sum((part.labels for part in found), Counter[str]())
+    num_rows = sum(part.num_rows for part in found)
     return {
         "rows": num_rows,
-        "counts": {str(label): labels[label] for label in sorted(labels.keys() - {None}, key=str)},
-        "unlabelled": labels[None],
+        "counts": {label: labels[label] for label in sorted(labels)},
+        "unlabelled": sum(part.num_unlabelled for part in found),
         "abstained": sum(part.num_unsure for part in found),
         "mean_confidence": sum(part.confidence for part in found) / num_rows if num_rows else None,
         "review_below": settings.review_below,
@@ -74,10 +80,12 @@ def label_lines(labels: dict[str, Any]) -> list[str]:
 
 
 def _look(store: Store, name: str, size: int, settings: LabelSettings) -> _Found:
-    table = open_part(store, name, size=size).read([LABEL, CONFIDENCE])
+    table = open_part(store, name, size=size).read([LABELS if settings.multi else LABEL, CONFIDENCE])
     confidence = table[CONFIDENCE]
     labelled = table.filter(pc.is_valid(confidence))
-    found = _Found(Counter(labelled[LABEL].cast(pa.string()).to_pylist()))
+    given = [given_labels(value) for value in labelled[0].to_pylist()]
+    found = _Found(len(given), Counter(label for labels in given for label in labels))
+    found.num_unlabelled = sum(not labels for labels in given)
     found.confidence = pc.sum(confidence).as_py() or 0.0
     found.num_unsure = _num_below(confidence, settings.abstain_below)
     if settings.review_below is not None:
@@ -88,6 +96,19 @@ def _look(store: Store, name: str, size: int, settings: LabelSettings) -> _Found
             with store.writing(f"{REVIEW}/{name}") as file:
                 pq.write_table(unsure, file, compression="zstd")
     return found
+
+
+def label_column(names: Sequence[str]) -> str:
+    """Which of a labelling run's columns says the label, or with `multi` the labels: it lies before the confidence.
+
+    By its name it could be one of the user's, who may carry true labels along.
+    """
+    return names[names.index(CONFIDENCE) - 1]
+
+
+def given_labels(value: str | list[str] | None) -> list[str]:
+    """The labels of a row, from its `label` or its `labels`."""
+    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 def _num_below(confidence: pa.ChunkedArray, threshold: float) -> int:

@@ -64,7 +64,7 @@ def source_of(spec: JobSpec) -> Source:
         SpecError, InfrastructureError: as `find_new` and `list_inputs`.
     """
     if spec.input.new != SINCE_LAST_RUN:
-        return Source(tuple(list_inputs(spec.input.path, spec.input.format)))
+        return Source(tuple(list_inputs(spec.input.path, spec.input.format, prefix=spec.input.prefix or "")))
     return find_new(spec, read_chain(Store(spec.output.path))).source
 
 
@@ -151,7 +151,8 @@ def _new_days(spec: JobSpec, chain: Chain, found: Sequence[FoundFile]) -> NewRow
 def _new_rows(spec: JobSpec, chain: Chain, found: Sequence[FoundFile]) -> NewRows:
     seen = {(file.path, file.size, file.version) for file in _covered(chain, with_released=False)}
     scanned = [file for file in found if (file.path, *_version(file)) not in seen]
-    files, redo = look_into(scanned, spec.input.format), spec.input.changed == "redo"
+    files = look_into(scanned, spec.input.format, prefix=spec.input.prefix or "")
+    redo = spec.input.changed == "redo"
     identity = known_by(spec)
     keys = read_keys(files, id_column=identity["id"], columns=identity["columns"])
     numbers = same_rows(keys)
@@ -193,7 +194,7 @@ def _pick(files: Sequence[InputFile], wanted: Keys) -> tuple[tuple[InputFile, ..
 
 
 def _whole_files(spec: JobSpec, wanted: Sequence[FoundFile], again: set[str], notes: Iterable[str]) -> NewRows:
-    files = look_into(wanted, spec.input.format)
+    files = look_into(wanted, spec.input.format, prefix=spec.input.prefix or "")
     changed_rows = sum(file.num_rows for file in files if file.path in again)
     filled = tuple(file for file in files if file.num_rows)
     empty = {file.path for file in files if not file.num_rows}

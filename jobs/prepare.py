@@ -15,14 +15,16 @@ from jobs.fingerprint import fingerprint_fields
 from jobs.job_spec import JobSpec
 from jobs.new_rows import Source, source_of
 from jobs.sampler_values import personas_identity, samplers_of
+from jobs.synthesis_needs import refuse_what_records_lack
 from pipeline.chat_encoder import choose_encoder
-from pipeline.choice_tokens import choice_tree
+from pipeline.choice_tokens import choice_tree, yes_no_tree
 from pipeline.choices import ChoiceTree
 from pipeline.engine import MoeShape
 from pipeline.errors import SpecError
 from pipeline.ids import IdReport, check_ids
 from pipeline.labels import LabelRule
 from pipeline.model import ModelFiles, fetch_model
+from pipeline.multi_labels import THRESHOLD, MultiLabelRule
 from pipeline.openai_requests import KEPT_OF_REQUESTS
 from pipeline.record_fields import refuse_taken_names
 from pipeline.rows import output_schema, routing_type
@@ -123,6 +125,7 @@ def prepare(spec: JobSpec, *, weights: bool = True, source: Source | None = None
     kept = [*_kept(read_schema, spec), *(samplers.fields if samplers else ())]
     if spec.synthesize is not None:
         refuse_taken_names(field.name for field in kept)
+        refuse_what_records_lack(spec.synthesize, [field.name for field in kept])
     return PreparedJob(
         spec=spec,
         model=model,
@@ -151,13 +154,19 @@ def label_choices(spec: JobSpec, model: ModelFiles) -> ChoiceTree | None:
     """
     if spec.label is None:
         return None
-    return choice_tree(choose_encoder(model.path, marker_text=spec.prompt.marker_text), spec.label.names)
+    encoder = choose_encoder(model.path, marker_text=spec.prompt.marker_text)
+    return (yes_no_tree if spec.label.multi else choice_tree)(encoder, spec.label.names)
 
 
-def label_rule(spec: JobSpec) -> LabelRule | None:
+def label_rule(spec: JobSpec) -> LabelRule | MultiLabelRule | None:
     """How a labelling job makes labels of probabilities."""
     label = spec.label
-    return None if label is None else LabelRule(label.names, label.temperature, label.abstain_below, label.default)
+    if label is None:
+        return None
+    if label.multi:
+        threshold = THRESHOLD if label.threshold is None else label.threshold
+        return MultiLabelRule(label.names, label.temperature, threshold, label.abstain_below, label.default)
+    return LabelRule(label.names, label.temperature, label.abstain_below, label.default)
 
 
 def num_replicas(spec: JobSpec) -> int:

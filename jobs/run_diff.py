@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from jobs.chain import read_chain
 from jobs.claiming import whether_finished
 from jobs.drift import EXPERTS
+from jobs.label_report import given_labels, label_column
 from jobs.run import SPEC
 from jobs.shifts import Histogram, Moments, Shift, distribution_shift, mean_shift, share_shift
 from jobs.spec import load_spec
@@ -27,7 +28,7 @@ from jobs.status import job_output_of, output_of
 from jobs.summary import read_summary
 from pipeline.counters import ALL
 from pipeline.errors import SpecError
-from pipeline.labels import CONFIDENCE, LABEL
+from pipeline.labels import CONFIDENCE
 from pipeline.parts import DATA, committed_parts
 from pipeline.routing_report import drift_by_slice
 from pipeline.settings import DriftSettings
@@ -99,7 +100,9 @@ def _read_side(store: Store) -> Side:
     side = Side(store, summary)
     for name in sorted(committed_parts(store)):
         with store.open(f"{DATA}/{name}") as handle, pq.ParquetFile(handle) as part:
-            columns = [column for column in (LABEL, CONFIDENCE, *_TOKENS.values()) if column in part.schema_arrow.names]
+            columns = [*_TOKENS.values()]
+            if CONFIDENCE in part.schema_arrow.names:
+                columns += [label_column(part.schema_arrow.names), CONFIDENCE]
             for batch in part.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 _add(side, batch)
     if not summary["routing"]["off_because"]:
@@ -117,8 +120,8 @@ def _add(side: Side, batch: pa.RecordBatch) -> None:
         return
     labelled = batch.filter(pc.is_valid(batch[CONFIDENCE]))
     side.confidence.add(labelled[CONFIDENCE].to_numpy(zero_copy_only=False).astype(np.float64))
-    for entry in pc.value_counts(labelled[LABEL].cast(pa.string())).to_pylist():
-        side.labels[ABSTAINED if entry["values"] is None else entry["values"]] += entry["counts"]
+    for value in labelled[label_column(batch.schema.names)].to_pylist():
+        side.labels.update(given_labels(value) or [ABSTAINED])
 
 
 def _compare(a: Side, b: Side) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.yaml_source import FieldPath, Problem
-from pipeline.settings import LabelSettings
+from pipeline.settings import LabelExample, LabelSettings
+from pipeline.yes_or_no import yes_or_no
 
 LABEL = "label"
 _OURS = ("messages", "template", "examples")
@@ -35,25 +36,35 @@ def expand_label(data: dict[str, Any]) -> None:
 
 def label_prompt(label: LabelSettings) -> dict[str, Any]:
     """Template and examples: what is asked, the labels with their meaning, and the text, in one user message."""
-    template = _literal(_question(label, _MARK)).replace(_MARK, f"{{{{ {label.text} }}}}")
+    template = as_template(_question(label, _MARK)).replace(_MARK, f"{{{{ {label.text} }}}}")
     # Examples are literal text, as `prompt.examples` is.
     return {
         "template": template,
-        "examples": [{"user": _question(label, one.text), "assistant": one.label} for one in label.examples],
+        "examples": [{"user": _question(label, one.text), "assistant": _answer(label, one)} for one in label.examples],
     }
 
 
 _MARK = "\0"  # no YAML text holds it
+_SEVERAL = "Answer with a line for each label: the label, a colon, and yes if it fits or no if it doesn't."
 
 
 def _question(label: LabelSettings, text: str) -> str:
     meanings = label.choices if isinstance(label.choices, dict) else dict.fromkeys(label.choices, "")
     lines = [f"- {name}: {meaning}" if meaning else f"- {name}" for name, meaning in meanings.items()]
     labels = "\n".join(lines)
-    return f"{label.instructions.strip()}\n\nLabels:\n{labels}\n\nText:\n{text}\n\nAnswer with the label alone."
+    how = _SEVERAL if label.multi else "Answer with the label alone."
+    return f"{label.instructions.strip()}\n\nLabels:\n{labels}\n\nText:\n{text}\n\n{how}"
 
 
-def _literal(text: str) -> str:
+def _answer(label: LabelSettings, example: LabelExample) -> str:
+    """Of several labels a line each, the order of the choices being what rows are asked in."""
+    if not label.multi:
+        return example.label or ""
+    fitting = example.labels or ()
+    return "\n".join(yes_or_no(name)[name not in fitting] for name in label.names)
+
+
+def as_template(text: str) -> str:
     """Text as a template that renders to it."""
     for opening in _OPENING:
         text = text.replace(opening, f"\1{opening}\2")
@@ -95,7 +106,7 @@ def _check_others(given: Mapping[str, Any]) -> Iterator[Problem]:
 def _check_choices(label: LabelSettings) -> Iterator[Problem]:
     path: FieldPath = ("label", "choices")
     names = label.names
-    if len(names) < 2:
+    if len(names) < (1 if label.multi else 2):
         yield Problem(path, "`label.choices` leaves nothing to choose", hint="give at least two")
         return
     wrong = [name for name in names if name != name.strip() or not name]
@@ -105,10 +116,25 @@ def _check_choices(label: LabelSettings) -> Iterator[Problem]:
     twice = _first_repeated(names)
     if twice is not None:
         yield Problem(path, f"`label.choices` has {twice!r} twice", hint="remove one")
+    if label.threshold is not None and not label.multi:
+        message = "`label.threshold` is given, but a row gets one label: the most probable"
+        yield Problem(("label", "threshold"), message, hint="write `multi: true`, or leave it out", on_key=True)
     for index, one in enumerate(label.examples):
-        if one.label not in names:
-            hint = f"use one of {', '.join(names[:12])}"
-            yield Problem(("label", "examples", index, "label"), f"`{one.label}` is not one of the choices", hint=hint)
+        yield from _check_example(label, one, ("label", "examples", index))
+
+
+def _check_example(label: LabelSettings, one: LabelExample, path: FieldPath) -> Iterator[Problem]:
+    field, other = ("labels", "label") if label.multi else ("label", "labels")
+    if getattr(one, field) is None or getattr(one, other) is not None:
+        given = "true" if label.multi else "false"
+        message = f"`label.multi` is {given}, so an example says what fits in `{field}`"
+        yield Problem(path, message, hint="write `labels: [...]`" if label.multi else "write `label: ...`")
+        return
+    said = one.labels if label.multi else [one.label]
+    for name in said or ():
+        if name not in label.names:
+            hint = f"use one of {', '.join(label.names[:12])}"
+            yield Problem((*path, field), f"`{name}` is not one of the choices", hint=hint)
 
 
 def _check_text(label: LabelSettings) -> Iterator[Problem]:

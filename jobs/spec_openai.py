@@ -34,6 +34,7 @@ def check_openai_batch(given: Mapping[str, Any]) -> Iterator[Problem]:
         *((("prompt", name), "each request brings its own prompt") for name in _names(given, "prompt")),
         (("sampling", "column"), "each request brings its own sampling"),
         (("input", "id"), "`custom_id` is the id"),
+        (("input", "prefix"), "no run writes such files"),
         (("input", "new"), "a batch file is done as a whole"),
     ]
     for path, reason in idle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jobs.spec_templates import check_template
 from jobs.yaml_source import FieldPath, Problem
 from pipeline.synthesis_settings import SynthesisSettings
 
@@ -31,7 +32,7 @@ def check_synthesis(given: Mapping[str, Any], synthesis: SynthesisSettings | Non
         return [Problem((SYNTHESIZE,), message, hint="write `kind: synthesize`", on_key=True)]
     problems = [*_check_input(given)]
     if synthesis is not None:
-        problems += [*_check_samplers(given, synthesis), *_check_patterns(synthesis)]
+        problems += [*_check_samplers(given, synthesis), *_check_patterns(synthesis), *_check_judge(synthesis)]
     return problems
 
 
@@ -71,6 +72,11 @@ def _check_patterns(synthesis: SynthesisSettings) -> Iterator[Problem]:
             yield Problem(
                 path, f"no regular expression: {_words(error)}", hint="RE2 has no look-around and no back-references"
             )
+
+
+def _check_judge(synthesis: SynthesisSettings) -> Iterator[Problem]:
+    if synthesis.judge is not None:
+        yield from check_template((SYNTHESIZE, "judge", "instructions"), synthesis.judge.instructions)
 
 
 def _words(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""A synthesis, whole: the run, rounds that ask again for broken records, and the records without doubles.
+"""A synthesis, whole: the run, rounds that ask again for broken records, a judge's scores, the records without doubles.
 
 Every step reads only what the one before it committed and decides nothing by time or order, so a driver that is killed
 anywhere and started again ends with the same records.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.pools import PoolPlan
 from jobs.prepare import PreparedJob
 from jobs.run import RunOptions, run_job
 from jobs.summary import SUMMARY
-from jobs.synthesis_records import write_records
-from jobs.synthesis_rounds import RoundEnded, ask_again
+from jobs.synthesis_answers import Answer, Key
+from jobs.synthesis_judge import Judgement, judge, judge_prompt
+from jobs.synthesis_records import write_candidates, write_records
+from jobs.synthesis_rounds import RoundEnded, RunStep, ask_again
 from pipeline.lease import acquire_lease
 from pipeline.storage import Store
 
@@ -45,16 +47,34 @@ def run_synthesis(
         return summary | {"synthesis": done}
     with acquire_lease(store, run_id=summary["run_id"]) as lease:
         step = RunOptions(quiet=options.quiet, ray=options.ray)
+
+        def run(asked: PreparedJob) -> dict[str, Any]:
+            return run_job(asked, step, say=say, fleet=fleet, pools=pools)
+
         try:
-            later, rounds = ask_again(job, store, lambda asked: run_job(asked, step, say=say, fleet=fleet, pools=pools))
+            later, rounds = ask_again(job, store, run)
+            judgement = _judgement(job, store, later, rounds, run)
         except RoundEnded as ended:
             return summary | {name: ended.summary[name] for name in ("status", "exit_code")}
         lease.check()
         store.delete(REPORT)  # written last: while it isn't there the folders may be half old
-        synthesis = write_records(job, store, later) | {"rounds": rounds}
+        synthesis = write_records(job, store, later, judgement) | {"rounds": rounds}
         lease.check()
         store.put(REPORT, json.dumps({"key": key, "synthesis": synthesis}, indent=1).encode())
     return summary | {"synthesis": synthesis}
+
+
+def _judgement(
+    job: PreparedJob, store: Store, later: Mapping[Key, Answer], rounds: list[dict[str, Any]], run: RunStep
+) -> Judgement | None:
+    """What the judge says of all that could be a record; None without one. Its run is named after what it is asked."""
+    settings = job.spec.synthesize
+    if settings is None or settings.judge is None:
+        return None
+    asked = settings.model_dump_json(include={"filters", "duplicates"}) + judge_prompt(settings.judge)
+    said = store.read(SUMMARY) + json.dumps([each["output"] for each in rounds]).encode()
+    name = hashlib.sha256(said + asked.encode()).hexdigest()[:12]
+    return judge(job, name, lambda folder, there: write_candidates(job, there, later, folder), run)
 
 
 def _report(store: Store, key: str) -> dict[str, Any] | None:

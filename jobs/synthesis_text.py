@@ -18,6 +18,9 @@ def synthesis_lines(summary: dict[str, Any]) -> list[str]:
         f"  round {number}   {each['asked_again']:,} asked again, {each['mended']:,} mended"
         for number, each in enumerate(report["rounds"], start=1)
     ]
+    if "scores" in report:
+        scores = ", ".join(f"{score}: {count:,}" for score, count in report["scores"].items()) or "none"
+        lines.append(f"  judge     {scores}")
     figures = report["diversity"]
     shown = [f"{name} {figures[name]:g}" for name in _FIGURES if figures[name] is not None]
     shown += [f"{name} {each['drawn']:,} of {each['of']:,}" for name, each in figures["coverage"].items()]

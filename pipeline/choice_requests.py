@@ -98,7 +98,8 @@ def _completion(one: _Open) -> Completion:
     logs = one.tree.log_probabilities({after: answer.log_probabilities for after, answer in one.answers.items()})
     best = int(logs.argmax())
     tokens = one.tree.choices[best]
-    first, last = one.answers[()], one.answers[tokens[:-1]]  # the last one's prompt is all that generating would route
+    first = one.answers[next(iter(one.probes.values()))]
+    last = one.answers[tokens[:-1]]  # its prompt is all that generating would route
     sample = Sample(
         index=0,
         text="",
@@ -111,4 +112,5 @@ def _completion(one: _Open) -> Completion:
     )
     total_s = max(answer.timing.total_s for answer in one.answers.values())
     timing = Timing(first.timing.queue_s, first.timing.first_token_s, total_s)
-    return Completion(one.request.request_id, (sample,), first.num_cached_tokens, timing)
+    num_cached = min(first.num_cached_tokens, len(one.request.prompt_token_ids))  # a probe is longer than the prompt
+    return Completion(one.request.request_id, (sample,), num_cached, timing)

@@ -8,6 +8,7 @@ from pipeline.chat_encoder import ChatEncoder
 from pipeline.choices import ChoiceTree, Ids
 from pipeline.errors import RowError, SpecError
 from pipeline.prompts import Message
+from pipeline.yes_or_no import yes_or_no
 
 MAX_RIVALS = 128
 """Most tokens whose probabilities vLLM returns for one position (its MAX_LOGPROB_TOKEN_IDS)."""
@@ -23,7 +24,7 @@ def choice_tree(encoder: ChatEncoder, choices: Sequence[str]) -> ChoiceTree:
     try:
         tree = ChoiceTree(tuple(_answer_ids(encoder, choice) for choice in choices))
     except (ValueError, RowError) as error:
-        raise SpecError(f"label.choices: {error}; rename a choice, or use a model with a plainer template") from error
+        raise _refused(error) from error
     most = max(len(question.tokens) for question in tree.questions)
     if most > MAX_RIVALS:
         raise SpecError(
@@ -31,6 +32,30 @@ def choice_tree(encoder: ChatEncoder, choices: Sequence[str]) -> ChoiceTree:
             f"{MAX_RIVALS} that vLLM can compare; rename some, or label in two steps"
         )
     return tree
+
+
+def yes_no_tree(encoder: ChatEncoder, choices: Sequence[str]) -> ChoiceTree:
+    """A yes and a no about each of the choices, see `multi_labels`: all that the two share is taken as said.
+
+    Raises:
+        SpecError: as `choice_tree`.
+    """
+    answers: list[Ids] = []
+    said: list[int] = []
+    try:
+        for choice in choices:
+            # Neither is the beginning of the other, so what follows them, the end or another line, doesn't matter.
+            yes, no = (_answer_ids(encoder, answer)[:-1] for answer in yes_or_no(choice))
+            answers += [yes, no]
+            said += [next(place for place, pair in enumerate(zip(yes, no, strict=False)) if pair[0] != pair[1])] * 2
+        return ChoiceTree(tuple(answers), tuple(said))
+    except (ValueError, RowError, StopIteration) as error:
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> SpecError:
+    why = "the model's tokens for yes are the beginning of those for no" if isinstance(error, StopIteration) else error
+    return SpecError(f"label.choices: {why}; rename a choice, or use a model with a plainer template")
 
 
 def _answer_ids(encoder: ChatEncoder, choice: str) -> Ids:

@@ -7,7 +7,7 @@ end token, so that `bug` does not stand for all of `bug report`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,19 +28,23 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceTree:
-    """Token ids of each choice, its end token included.
+    """Token ids of each choice; with its end token where it could be the beginning of another.
 
     Guarantees:
     - every token of every choice is asked about once, together with its rivals, however many choices share it.
-    - a choice's probability is the model's: the product over its tokens, divided by the sum over all choices.
+    - a choice's probability is the model's: the product over its tokens but for those taken as said.
     """
 
     choices: tuple[Ids, ...]
+    said: tuple[int, ...] = ()
+    """Of each choice, how many tokens at its beginning are taken as said, and not asked about; empty for none."""
 
     def __post_init__(self) -> None:
         """Refuse what has no probability of its own."""
         if not self.choices or not all(self.choices):
             raise ValueError("there must be choices, and each must have a token")
+        if self.said and not all(0 <= n < len(ids) for n, ids in zip(self.said, self.choices, strict=True)):
+            raise ValueError("of every choice at least one token must be left to ask about")
         if len(set(self.choices)) < len(self.choices):
             raise ValueError("two choices have the same tokens")
         prefixes = {choice[:end] for choice in self.choices for end in range(1, len(choice))}
@@ -51,14 +55,14 @@ class ChoiceTree:
     def questions(self) -> list[Question]:
         """All that must be asked, shortest first: each finds its prompt cached by one before."""
         nexts: dict[Ids, set[int]] = {}
-        for choice in self.choices:
-            for end, token in enumerate(choice):
+        for choice, first in self._asked():
+            for end, token in enumerate(choice[first:], start=first):
                 nexts.setdefault(choice[:end], set()).add(token)
         ordered = sorted(nexts, key=lambda after: (len(after), after))
         return [Question(after, tuple(sorted(nexts[after]))) for after in ordered]
 
     def log_probabilities(self, answers: Mapping[Ids, Mapping[int, float]]) -> NDArray[np.float64]:
-        """Natural log of each choice's own probability, not normalised over the choices.
+        """Natural log of each choice's own probability after what is taken as said, not normalised over the choices.
 
         Args:
             answers: per `Question.after`, the log-probability of each of its tokens over the whole vocabulary.
@@ -67,8 +71,15 @@ class ChoiceTree:
             KeyError: an answer is missing.
         """
         return np.array(
-            [math.fsum(answers[choice[:end]][token] for end, token in enumerate(choice)) for choice in self.choices]
+            [
+                math.fsum(answers[choice[:end]][choice[end]] for end in range(first, len(choice)))
+                for choice, first in self._asked()
+            ]
         )
+
+    def _asked(self) -> Iterator[tuple[Ids, int]]:
+        """Each choice, and its first token to ask about."""
+        return zip(self.choices, self.said or (0,) * len(self.choices), strict=True)
 
 
 def distribution(

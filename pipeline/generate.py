@@ -19,6 +19,7 @@ from pipeline.engine import MoeShape, Request
 from pipeline.errors import InfrastructureError
 from pipeline.labels import LabelRule
 from pipeline.monitor import Figures, Order
+from pipeline.multi_labels import MultiLabelRule
 from pipeline.outcomes import Outcome
 from pipeline.results import ResultBuilder
 from pipeline.rows import ERROR, FILE, PROMPT_IDS, ROW, SHARD, sampling_texts
@@ -52,7 +53,7 @@ class GenerateSettings:
     """Of a labelling job: answers to choose among instead of generating."""
     dedupe: bool = True
     """Run equal requests once when their outcome depends on nothing else."""
-    labels: LabelRule | None = None
+    labels: LabelRule | MultiLabelRule | None = None
 
 
 class GenerateStage:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import jsonl, openai_lines
+from pipeline.earlier_run import prefixed
 from pipeline.errors import InfrastructureError, RunError, SpecError
 from pipeline.listing import FoundFile, find_files, open_file
 from pipeline.settings import InputFormat
@@ -44,13 +45,15 @@ class InputFile:
     """Etag, generation or modification time."""
     num_rows: int
     schema: pa.Schema = field(default=_EMPTY_SCHEMA)
-    """The file's own columns, without metadata."""
+    """The file's own columns, without metadata; what an earlier run added is under the prefix."""
     decoded_bytes: int = 0
     """Estimated size in memory."""
     marks: jsonl.Marks = field(default_factory=jsonl.Marks)
     """Of lines only: byte offsets of some rows."""
     repeated: tuple[int, ...] = ()
     """Of OpenAI batch files only: rows whose `custom_id` an earlier row of the run has."""
+    prefix: str = ""
+    """See `earlier_run`."""
 
     def slim(self, row: int, stop: int | None = None) -> InputFile:
         """Return a copy of a few hundred bytes that suffices for reading rows [row, stop), or all from `row` on."""
@@ -59,10 +62,10 @@ class InputFile:
         return replace(self, schema=_EMPTY_SCHEMA, marks=self.marks.only(row), repeated=repeated)
 
 
-def list_inputs(paths: str | Sequence[str], kind: InputFormat = "auto") -> list[InputFile]:
+def list_inputs(paths: str | Sequence[str], kind: InputFormat = "auto", *, prefix: str = "") -> list[InputFile]:
     """Find the files and look into each; see `listing.find_files` for what a path may be and how files are ordered.
 
-    `kind` is how to read them: as their extensions say, or as OpenAI batch files.
+    `kind` is how to read them: as their extensions say, or as OpenAI batch files. `prefix`: see `earlier_run`.
 
     Guarantees:
     - a file without rows, or no row at all, is legal.
@@ -71,16 +74,16 @@ def list_inputs(paths: str | Sequence[str], kind: InputFormat = "auto") -> list[
         SpecError: a path matches nothing, a file has an unknown extension or can't be read. All problems at once.
         InfrastructureError: an object store could not be reached.
     """
-    return look_into(find_files(paths), kind)
+    return look_into(find_files(paths), kind, prefix=prefix)
 
 
-def look_into(found: Sequence[FoundFile], kind: InputFormat = "auto") -> list[InputFile]:
+def look_into(found: Sequence[FoundFile], kind: InputFormat = "auto", *, prefix: str = "") -> list[InputFile]:
     """The second half of `list_inputs`, for some of the files that were found; raises the same."""
     wrong = [problem for file in found if (problem := _extension_problem(file.path, kind))]
     if wrong:
         raise SpecError("\n".join(wrong))
     ids: dict[str, openai_lines.CustomIds] = {}
-    probe = partial(_probe_requests, ids) if kind == "openai_batch" else _probe
+    probe = partial(_probe_requests, ids) if kind == "openai_batch" else partial(_probe_prefixed, prefix)
     with ThreadPoolExecutor(min(_PROBE_THREADS, max(1, len(found)))) as threads:
         results = list(threads.map(partial(_probe_safely, probe), found))
     problems = [result.message for result in results if isinstance(result, SpecError)]
@@ -134,6 +137,11 @@ def _scanned(found: FoundFile, kind: Format, scan: jsonl.Scan) -> InputFile:
     # Parsed values take about twice their bytes as text.
     size = 2 * found.size
     return InputFile(found.path, kind, found.size, found.version, scan.num_rows, scan.schema, size, scan.marks)
+
+
+def _probe_prefixed(prefix: str, found: FoundFile) -> InputFile:
+    file = _probe(found)
+    return replace(file, schema=prefixed(file.schema, prefix), prefix=prefix) if prefix else file
 
 
 def _probe(found: FoundFile) -> InputFile:

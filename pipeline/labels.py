@@ -38,6 +38,10 @@ class LabelRule:
             pa.field(PROBABILITIES, probabilities),
         ]
 
+    def text(self, choice_logs: Sequence[float]) -> str:
+        """What stands for the generated text: the most probable choice, sure or not."""
+        return self.choices[choice_logs.index(max(choice_logs))]
+
     def columns(self, choice_logs: Sequence[float]) -> dict[str, Any]:
         """One sample's values; `choice_logs` are in the order of the choices. The first of equals is the label."""
         probabilities = distribution(choice_logs, self.temperature)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import jsonl, openai_lines, row_batch
+from pipeline.earlier_run import own_name
 from pipeline.errors import InfrastructureError
 from pipeline.inputs import InputFile
 from pipeline.listing import stat_file
@@ -72,10 +73,13 @@ def read_range(file: InputFile, start: int, stop: int, schema: pa.Schema) -> Ite
         _check_version(file)
         if start >= stop:
             return
+        names = {own_name(name, file.prefix) if file.prefix else name: name for name in schema.names}
+        own = pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
         if file.format != "parquet":
-            yield from _jsonl_rows(file, start, stop, schema)
+            batches = _jsonl_rows(file, start, stop, own)
         else:
-            yield from read_rows(file.path, file.version, start, stop, schema)
+            batches = read_rows(file.path, file.version, start, stop, own)
+        yield from (rows.renamed(names) for rows in batches) if file.prefix else batches
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pipeline.engine import MoeShape, Timing
 from pipeline.errors import INVALID_JSON
 from pipeline.json_schemas import schema_text, violation
 from pipeline.labels import LabelRule
+from pipeline.multi_labels import MultiLabelRule
 from pipeline.outcomes import Outcome
 from pipeline.replica_answers import ReducedSample
 from pipeline.routing_columns import routing_column
@@ -89,7 +90,7 @@ class ResultBuilder:
     """Of every part; see `rows.output_schema`."""
     routing: RoutingSettings
     moe: MoeShape | None
-    labels: LabelRule | None = None
+    labels: LabelRule | MultiLabelRule | None = None
     """Of a labelling job."""
 
     def build(self, prompts: pa.Table, outcomes: Sequence[Outcome | None]) -> tuple[pa.Table, RunCounters]:
@@ -148,11 +149,11 @@ class ResultBuilder:
         return routing_column(routings, ids, kind, self.moe)
 
 
-def _label_columns(rule: LabelRule, samples: Sequence[ReducedSample | None]) -> dict[str, list[Any]]:
-    """The label columns, and as generated text the choice that is the most probable, whatever its confidence."""
+def _label_columns(rule: LabelRule | MultiLabelRule, samples: Sequence[ReducedSample | None]) -> dict[str, list[Any]]:
+    """The label columns, and a generated text that says what they come from, whatever the confidence."""
     logs = [sample.choice_logs if sample is not None else None for sample in samples]
     values = [rule.columns(one) if one is not None else {} for one in logs]
-    texts = [rule.choices[one.index(max(one))] if one is not None else None for one in logs]
+    texts = [rule.text(one) if one is not None else None for one in logs]
     return {field.name: [value.get(field.name) for value in values] for field in rule.fields()} | {
         "generated_text": texts
     }

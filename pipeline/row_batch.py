@@ -6,7 +6,7 @@ Owns how a bad row is emptied, so that its neighbours go on. Knows nothing of fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,10 @@ class Rows:
         indices = pa.array(np.arange(len(bad)), mask=bad)
         columns = {name: column.take(indices) for name, column in self.columns.items()}
         return Rows(columns, self.num_bytes * ~bad, errors)
+
+    def renamed(self, names: Mapping[str, str]) -> Rows:
+        """Give columns other names."""
+        return Rows({names[name]: column for name, column in self.columns.items()}, self.num_bytes, self.errors)
 
     def to_table(self, schema: pa.Schema) -> pa.Table:
         """Cast to the run's types, with null columns for what the file lacks, and add the READ_ERROR column."""

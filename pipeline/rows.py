@@ -118,6 +118,7 @@ def output_schema(
     if taken:
         raise SpecError(
             f"input columns {', '.join(taken)} have names that the output uses itself; "
-            "list the columns to carry in `output.keep`, without these"
+            "if another run wrote them, set `input.prefix`, e.g. to `first_`, to carry them along under other names; "
+            "or list the columns to carry in `output.keep`, without these"
         )
     return pa.schema([*kept, *results])

@@ -52,6 +52,8 @@ class InputSettings(Settings):
     """`auto`: Parquet or JSONL, by extension; `openai_batch`: JSONL of requests as OpenAI's batch API takes them."""
     id: str | None = None
     """Your own id column: checked for nulls and duplicates. Rows are known by (input_file, input_row) regardless."""
+    prefix: Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$")] | None = None
+    """Of an input that another run wrote: put before the names of the columns that it added, e.g. `draft_`."""
     limit: Annotated[int, Field(ge=0)] | None = None
     """Only the first so many rows, in file order."""
     new: Literal["all", "since_last_run"] = "all"
@@ -176,8 +178,10 @@ class LabelExample(Settings):
 
     text: str
     """As the column would hold it."""
-    label: str
+    label: str | None = None
     """One of the choices."""
+    labels: list[str] | None = None
+    """With `multi`, those that fit; none with []."""
 
 
 class LabelSettings(Settings):
@@ -191,8 +195,13 @@ class LabelSettings(Settings):
     """What the model is to do, in a sentence or a paragraph."""
     examples: list[LabelExample] = []
     """Texts whose label is known, shown before the row's text."""
+    multi: bool = False
+    """Any number of labels a row, each with a probability of its own: `labels` instead of `label` in the output."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """With `multi`, least probability of a label that is given; null for 0.5."""
     abstain_below: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Least probability of the most probable label; below it, `label` is `default`."""
+    """Least probability of the most probable label; below it, `label` is `default`. With `multi`, of the least sure
+    decision about a label; below it, `labels` is `[default]`, or null."""
     default: str | None = None
     """What `label` says of a row that isn't sure enough; null means null."""
     review_below: Annotated[float, Field(gt=0, le=1)] | None = None

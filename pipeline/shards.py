@@ -258,5 +258,5 @@ def _file_to_json(file: InputFile, schemas: dict[str, int]) -> dict[str, Any]:
 def _file_from_json(entry: dict[str, Any], schemas: list[pa.Schema]) -> InputFile:
     stored = entry.get("marks")
     marks = Marks.from_text(stored["values"], stored["stride"]) if stored else Marks()
-    plain, repeated = {name: entry[name] for name in _PLAIN}, tuple(entry.get("repeated", ()))
+    plain, repeated = {name: entry[name] for name in _PLAIN if name in entry}, tuple(entry.get("repeated", ()))
     return InputFile(**plain, schema=schemas[entry["schema"]], marks=marks, repeated=repeated)

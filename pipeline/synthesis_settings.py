@@ -44,6 +44,8 @@ class FilterSettings(Settings):
     """Regular expression (RE2) that must be found."""
     rejects: str | None = None
     """Regular expression (RE2) that must not be found."""
+    languages: list[Annotated[str, Field(pattern="^[a-z]{2,3}$")]] | None = None
+    """ISO 639 codes, e.g. [de, fr]; a record that py3langid finds in another language is dropped. null: any."""
 
 
 class DuplicateSettings(Settings):
@@ -53,6 +55,28 @@ class DuplicateSettings(Settings):
     """Drop records that are equal to an earlier one, upper case and spaces aside."""
     near: Annotated[float, Field(ge=0.5, le=1)] | None = 0.8
     """Drop records that share at least this much (Jaccard, runs of five characters) with an earlier one; null: none."""
+
+
+Score = Annotated[str, Field(pattern="^-?[0-9]{1,4}$")]
+
+
+class JudgeSettings(Settings):
+    """A second prompt about each record that is left, answered with one of some scores."""
+
+    instructions: str
+    """What to judge, in a sentence or a paragraph; a Jinja template over the record's columns. The record follows."""
+    scores: Annotated[dict[Score, str], Field(min_length=2)]
+    """The scores, whole numbers, each with what it means."""
+    keep_from: int
+    """Least score of a record that is kept."""
+
+    @model_validator(mode="after")
+    def _separates(self) -> JudgeSettings:
+        least, greatest = min(map(int, self.scores)), max(map(int, self.scores))
+        if not least < self.keep_from <= greatest:
+            message = f"{self.keep_from} keeps all or none of the scores {least} to {greatest}; give one between"
+            raise contradiction(message, at="keep_from")
+        return self
 
 
 class SynthesisSettings(Settings):
@@ -68,3 +92,5 @@ class SynthesisSettings(Settings):
     """What a record must be like to be kept."""
     duplicates: DuplicateSettings = DuplicateSettings()
     """Which records are doubles."""
+    judge: JudgeSettings | None = None
+    """What gives each record that is left a score, and which are kept then."""

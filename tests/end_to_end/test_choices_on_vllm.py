@@ -75,7 +75,9 @@ def make_requests(count: int) -> list[Request]:
     requests = []
     for number in range(count):
         prompt = [1, *(rng.randrange(300, 31_000) for _ in range(rng.randint(5, 60)))]
-        requests.append(Request(f"r{number}", prompt, SamplingSettings(), None, choices=ChoiceTree(make_choices(rng))))
+        choices = make_choices(rng)
+        said = tuple(rng.randrange(len(ids)) for ids in choices) if number % 3 == 0 else ()  # as a yes or no has it
+        requests.append(Request(f"r{number}", prompt, SamplingSettings(), None, choices=ChoiceTree(choices, said)))
     return requests
 
 
@@ -90,8 +92,9 @@ def make_choices(rng: random.Random) -> tuple[Ids, ...]:
     return tuple((*body, END) for body in sorted(bodies))
 
 
-def brute_force(model: Any, prompt: list[int], choices: tuple[Ids, ...]) -> np.ndarray:
+def brute_force(model: Any, prompt: list[int], tree: ChoiceTree) -> np.ndarray:
     """Sum of the log-probabilities of each choice's tokens, each choice a sequence of its own, padded at its end."""
+    choices, said = tree.choices, tree.said or (0,) * len(tree.choices)
     import torch
 
     longest = max(map(len, choices))
@@ -100,7 +103,7 @@ def brute_force(model: Any, prompt: list[int], choices: tuple[Ids, ...]) -> np.n
         scores = model(torch.tensor(rows)).logits.double().log_softmax(-1)
     return np.array(
         [
-            sum(float(scores[row, len(prompt) + place - 1, token]) for place, token in enumerate(choice))
+            sum(float(scores[row, len(prompt) + n - 1, choice[n]]) for n in range(said[row], len(choice)))
             for row, choice in enumerate(choices)
         ]
     )
@@ -121,7 +124,8 @@ def test_choices_have_the_models_own_probabilities(
     )
     for request in requests:
         [sample] = done[request.request_id].samples
-        truth = brute_force(model, list(request.prompt_token_ids), _choices(request))
+        assert request.choices is not None
+        truth = brute_force(model, list(request.prompt_token_ids), request.choices)
         assert sample.choice_logs == pytest.approx(truth, abs=1e-3)
         assert np.allclose(distribution(list(sample.choice_logs)), distribution(truth), atol=1e-3)
         assert tuple(sample.token_ids) == _choices(request)[int(truth.argmax())]

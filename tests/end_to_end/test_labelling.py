@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from datetime import UTC, datetime
 from operator import itemgetter
@@ -14,11 +15,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from jobs.calibrate import read_calibration
+from jobs.calibrate import calibration_lines, read_calibration
 from jobs.calibration import accuracy, expected_calibration_error, fit_temperature, reliability, tempered
 from jobs.cli import app
 from jobs.prepare import PreparedJob, prepare
 from jobs.report import closing_lines
+from jobs.run_diff import read_diff
 from jobs.spec import parse_spec
 from pipeline.errors import SpecError
 from pipeline.read import read_shard
@@ -140,6 +142,68 @@ def test_calibrate_reports_on_an_output_with_true_labels(tmp_path: Path) -> None
     assert sum(each["count"] for each in report["reliability"]["before"]) == 298
     with pytest.raises(SpecError, match="no column 'gold' with true labels; it carries id, text, truth"):
         read_calibration(str(tmp_path / "out"), "gold")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_row_gets_several_labels_each_with_a_probability_of_its_own(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 150, text=[None, *map(str, range(149))], label=["mine"] * 150)
+    job = label_job(rows, tmp_path / "out", multi=True, threshold=0.6, abstain_below=0.65, default="unsure")
+    summary = run_scripted(job)
+    check_whole(tmp_path / "out", 150)
+    first, *labelled = read_output(tmp_path / "out").to_pylist()
+    assert (first["labels"], first["label_confidence"], first["generated_text"]) == (None, None, None)
+    for row in labelled:
+        said = row["label_probabilities"]
+        fitting = [choice for choice in CHOICES if said[choice] >= 0.6]
+        assert json.loads(row["generated_text"]) == fitting
+        assert row["label_confidence"] == min(p if p >= 0.6 else 1 - p for p in said.values())
+        assert row["labels"] == (fitting if row["label_confidence"] >= 0.65 else ["unsure"])
+    given = Counter(label for row in labelled for label in row["labels"])
+    report = summary["labels"]
+    assert report["rows"] == 149
+    assert report["counts"] == dict(sorted(given.items()))
+    assert sum(given.values()) > 149, "some have several"
+    assert report["unlabelled"] == sum(not row["labels"] for row in labelled)
+    assert report["abstained"] == given["unsure"] > 0
+    same = read_diff(str(tmp_path / "out"), str(tmp_path / "out"))
+    assert same["label"]["shift"] == 0
+    assert same["label"]["shares"].keys() == {*given, "(none)"} - (set() if report["unlabelled"] else {"(none)"})
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_calibrate_looks_at_each_yes_or_no_of_a_row_with_several_labels(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "plain.parquet", 600, text=[f"ticket {n}" for n in range(600)])
+    truth = true_label_lists(label_job(rows, tmp_path / "none", multi=True))
+    given = [None, json.dumps(["bug", "other"]), *map(json.dumps, truth[2:])]
+    rows = write_prompts(tmp_path / "in.parquet", 600, text=[f"ticket {n}" for n in range(600)], truth=given)
+    run_scripted(label_job(rows, tmp_path / "out", multi=True), ScriptedConfig(moe=TINY_MOE, confidence=2.0))
+    report = read_calibration(str(tmp_path / "out"), "truth")
+    table = read_output(tmp_path / "out").to_pylist()[2:]
+    assert (report["rows"], report["decisions"], report["rows_with_another_gold_label"]) == (598, 4 * 598, 2)
+    right = [row["labels"] == each for row, each in zip(table, truth[2:], strict=True)]
+    assert report["rows_all_right"] == pytest.approx(np.mean(right))
+    assert report["temperature"] == pytest.approx(2.0, rel=0.15)
+    assert report["expected_calibration_error"]["after"] < 0.03 < report["expected_calibration_error"]["before"]
+    for each in report["choices"]:
+        assert each["gold"] == sum(each["choice"] in labels for labels in truth[2:])
+        assert each["predicted"] == sum(each["choice"] in row["labels"] for row in table)
+    assert any("2,392 decisions" in line for line in calibration_lines(report))
+    with pytest.raises(SpecError, match=r"0 rows .* have both label probabilities and lists of choices in 'id'"):
+        read_calibration(str(tmp_path / "out"), "id")
+
+
+def true_label_lists(job: PreparedJob) -> list[list[str]]:
+    """Each row's true labels, of which the scripted engine, were it honest, tells the probabilities; drawn evenly."""
+    stage, honest = TemplateStage(job.template), []
+    for shard in job.plan:
+        prompts = stage(read_shard(job.plan.files[shard.file_index], shard, job.read_schema))
+        honest += [np.exp(honest_logs(ids, 2 * len(CHOICES))) for ids in prompts.column(PROMPT_IDS).to_pylist()]
+    stage.close()
+    pairs = np.array(honest).reshape(len(honest), len(CHOICES), 2)
+    fits = pairs[:, :, 0] / pairs.sum(axis=2)
+    ranked = np.argsort(np.argsort(fits.reshape(-1)))
+    is_true = (ranked * 0.6180339887 % 1).reshape(fits.shape) < fits
+    return [[choice for choice, each in zip(CHOICES, row, strict=True) if each] for row in is_true]
 
 
 def true_labels(job: PreparedJob) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The README does what it says: its commands run and print what it shows, its tables are complete, its paths exist.
 
-Commands run in order, in one empty directory, with the real engine (three starts of 8 to 30 s). What differs from run
+Commands run in order, in one empty directory, with the real engine (four starts of 8 to 30 s). What differs from run
 to run or machine to machine is masked on both sides: times, rates, ids, shares and the noise that random weights write.
 """
 
@@ -135,11 +135,15 @@ def test_the_batch_files_spec_is_valid() -> None:
     assert parse_spec(text, name="README.md").input.format == "openai_batch"
 
 
+def test_the_chains_second_spec_is_valid() -> None:
+    [text] = [block.text for block in BLOCKS if block.kind == "yaml" and "prefix: topic_" in block.text]
+    assert parse_spec(text, name="README.md").input.prefix == "topic_"
+
+
 def test_only_what_needs_a_gpu_a_cluster_a_network_or_a_package_is_not_run() -> None:
     left_out = [block.note for block in BLOCKS if block not in TO_RUN]
     assert sorted(left_out) == [
         "not run: needs a cluster",
-        "not run: needs a model that can label",  # tests/end_to_end/test_labelling.py runs the command
         "not run: needs the endpoint above",  # tests/cluster/test_batches.py does the same
         "not run: needs the network",
         "not run: needs the network and a GPU",

@@ -16,6 +16,7 @@ import yaml
 from jobs.prepare import PreparedJob, prepare
 from jobs.spec import parse_spec
 from jobs.synthesis_text import synthesis_lines
+from pipeline.errors import SpecError
 from tests.driver_processes import DriverLauncher, wait_until
 from tests.whole_runs import check_whole, make_job, read_output, run_scripted, snapshot, write_prompts
 
@@ -133,11 +134,13 @@ def num_parts(output: Path, pattern: str) -> int:
     return len(list(output.glob(pattern)))
 
 
-def check_killed(folder: Path, new_launcher: Callable[..., DriverLauncher], rows: int, kills: list[str]) -> None:
+def check_killed(
+    folder: Path, new_launcher: Callable[..., DriverLauncher], rows: int, kills: list[str], **synthesize: Any
+) -> None:
     """Kill a driver as soon as there is one more file of each pattern, then compare with an undisturbed synthesis."""
     prompts, output = write_prompts(folder / "in.parquet", rows), folder / "out"
     spec = folder / "job.yaml"
-    spec.write_text(synthesis_text(prompts, output))
+    spec.write_text(synthesis_text(prompts, output, **synthesize))
     launcher = new_launcher(max_num_seqs=16, step_delay_s=0.02)
     for pattern in kills:
         before = num_parts(output, pattern)
@@ -146,7 +149,7 @@ def check_killed(folder: Path, new_launcher: Callable[..., DriverLauncher], rows
     launcher.run(spec)
     check_whole(output, rows)
     undisturbed = folder / "undisturbed"
-    run_scripted(synthesis_job(prompts, undisturbed))
+    run_scripted(synthesis_job(prompts, undisturbed, **synthesize))
     assert made(output) == made(undisturbed)
     reports = [json.loads((each / "synthesis.json").read_text())["synthesis"] for each in (output, undisturbed)]
     for report in reports:
@@ -201,6 +204,74 @@ def test_planted_doubles_and_unwanted_records_are_dropped_with_their_reason(tmp_
     ]
     assert again["records"] > report["records"]
     assert snapshot(output / "data") == before
+
+
+JUDGE = {
+    "instructions": "A record about {{ text }}, {{ tone }}: is it of use?",
+    "scores": {"1": "no {{ use }}", "2": "some", "3": "yes", "4": "very much"},
+    "keep_from": 3,
+}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_judge_scores_what_the_filters_leave_and_drops_what_is_below(tmp_path: Path) -> None:
+    rows, output = write_prompts(tmp_path / "in.parquet", 80), tmp_path / "out"
+
+    def synthesize(**judge: Any) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+        job = synthesis_job(rows, output, filters={"rejects": "bug"}, retries=0, judge={**JUDGE, **judge})
+        report = run_scripted(job)["synthesis"]
+        return report, read_folder(output / "records"), read_folder(output / "dropped")
+
+    report, records, dropped = synthesize()
+    assert {row["judge_score"] for row in records} == {3, 4}
+    low = [row for row in dropped if row["reason"] == "judged_low"]
+    assert {row["judge_score"] for row in low} == {1, 2}
+    assert all(row["detail"] == f"score {row['judge_score']}, less than 3" for row in low)
+    others = [row for row in dropped if row["reason"] != "judged_low"]
+    assert {row["reason"] for row in others} >= {"rejected"}
+    assert {row["judge_score"] for row in others} == {None}
+    keys = sorted((row["source_row"], row["source_sample"]) for row in records + dropped)
+    assert keys == [(row, 0) for row in range(80)]
+    scores = Counter(str(row["judge_score"]) for row in records + low)
+    assert report["scores"] == dict(sorted(scores.items()))
+    assert any(line.startswith("  judge     1: ") for line in synthesis_lines({"synthesis": report}))
+
+    # The judge asks about the record at hand, and isn't asked again when only the threshold changes.
+    [scored] = (output / "judge").glob("*/scores")
+    before = snapshot(scored / "data")
+    check_whole(scored, len(records) + len(low))
+    report, kept, _ = synthesize(keep_from=2)
+    assert snapshot(scored / "data") == before
+    assert len(list((output / "judge").iterdir())) == 1
+    assert len(kept) == report["records"] == len(records) + sum(row["judge_score"] == 2 for row in low)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_record_that_the_judge_can_not_be_asked_about_is_dropped_with_the_reason(tmp_path: Path) -> None:
+    texts = [f"question {number}" for number in range(20)]
+    texts[7] = "[INST] " + "long " * 400
+    rows = write_prompts(tmp_path / "in.parquet", 20, text=texts)
+    instructions = "{{ text }} " * 5 + "Is it of use?"
+    run_scripted(synthesis_job(rows, tmp_path / "out", retries=0, judge={**JUDGE, "instructions": instructions}))
+    dropped = {row["source_row"]: row for row in read_folder(tmp_path / "out" / "dropped")}
+    assert dropped[7]["reason"] == "not_judged"
+    assert dropped[7]["detail"].startswith("prompt_too_long: ")
+
+
+def test_what_the_steps_after_the_run_lack_is_refused_before_it(tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 5)
+    with pytest.raises(SpecError, match="needs 'answer', which records don't have; they have record, id, text, tone"):
+        synthesis_job(rows, tmp_path / "out", judge={**JUDGE, "instructions": "{{ record }} {{ answer }}"})
+    with pytest.raises(SpecError, match="'xx' is no language that can be found"):
+        synthesis_job(rows, tmp_path / "out", filters={"languages": ["de", "xx"]})
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_driver_that_is_killed_while_the_judge_works_changes_no_record(
+    local_ray: None, tmp_path: Path, new_launcher: Callable[..., DriverLauncher]
+) -> None:
+    check_killed(tmp_path, new_launcher, 150, ["judge/*/scores/data/part-*"], judge=JUDGE)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -83,6 +83,10 @@ def changed(**fields: object) -> str:
         (changed(sampling={"temperature": 0.5}), "a labelling job draws no tokens"),
         (changed(prompt={"template": "{{ body }}"}), "a labelling job makes its own `prompt.template`"),
         (changed(kind="labels"), "did you mean `label`?"),
+        (changed(label={"threshold": 0.4}), "`label.threshold` is given, but a row gets one label"),
+        (changed(label={"multi": True}), "`label.multi` is true, so an example says what fits in `labels`"),
+        (changed(label={"examples": [{"text": "x", "labels": ["bug"]}]}), "so an example says what fits in `label`"),
+        (changed(label={"multi": True, "examples": [{"text": "x", "labels": ["bugs"]}]}), "`bugs` is not one of the"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_its_place(text: str, message: str) -> None:
@@ -90,6 +94,15 @@ def test_what_makes_no_sense_is_refused_at_its_place(text: str, message: str) ->
         parse_spec(text, name="job.yaml")
     assert message in caught.value.message
     assert len(re.findall(r"^job\.yaml:\d+:\d+: ", caught.value.message, re.MULTILINE)) == 1, caught.value.message
+
+
+def test_several_labels_are_asked_for_line_by_line_and_one_choice_is_enough() -> None:
+    examples = [{"text": "It crashes.", "labels": ["bug"]}, {"text": "Hello.", "labels": []}]
+    spec = parse_spec(changed(label={"multi": True, "examples": examples}), name="job.yaml")
+    assert spec.prompt.template is not None
+    assert "colon, and yes if it fits or no if it doesn't." in spec.prompt.template
+    assert [each.assistant for each in spec.prompt.examples] == ["billing: no\nbug: yes", "billing: no\nbug: no"]
+    assert parse_spec(changed(label={"multi": True, "choices": ["bug"], "examples": []}), name="job.yaml").label
 
 
 def test_a_system_text_and_the_safe_prompt_go_with_labelling() -> None:

@@ -38,6 +38,16 @@ def test_a_synthesis_needs_no_section_of_its_own() -> None:
         ("synthesize.filters.matches='('", "no regular expression"),
         ("synthesize.filters.rejects='(?=a)'", "no regular expression"),
         ("synthesize.duplicates.near=0.1", "must be a number from 0.5 to 1"),
+        ("synthesize.filters.languages=[German]", "`synthesize.filters.languages[0]` is German"),
+        (
+            "synthesize.judge={instructions: x, scores: {1: no, 2: yes}, keep_from: 1}",
+            "keeps all or none of the scores",
+        ),
+        ("synthesize.judge={instructions: x, scores: {a: no, 2: yes}, keep_from: 2}", "`synthesize.judge.scores.a`"),
+        (
+            "synthesize.judge={instructions: '{{ x', scores: {1: no, 2: yes}, keep_from: 2}",
+            "unexpected end of template",
+        ),
         ("synthesize.retires=1", "did you mean `synthesize.retries`"),
         ("input.new=since_last_run", "a synthesis takes no `input.new: since_last_run`"),
         ("sampling.json_schema={uniqueItems: true}", 'Unimplemented keys: ["uniqueItems"]'),

@@ -54,6 +54,26 @@ def test_every_token_is_asked_about_once_and_parents_come_first(choices: tuple[I
         seen.add(question.after)
 
 
+@given(choice_sets, st.randoms(use_true_random=False))
+def test_what_is_taken_as_said_is_not_asked_about_and_has_no_say(choices: tuple[Ids, ...], rng: random.Random) -> None:
+    said = tuple(rng.randrange(len(ids)) for ids in choices)
+    tree = ChoiceTree(choices, said)
+    answers = {one.after: {token: next_logs(one.after)[token] for token in one.tokens} for one in tree.questions}
+    asked = {(one.after, token) for one in tree.questions for token in one.tokens}
+    left = {(ids[:end], ids[end]) for ids, first in zip(choices, said, strict=True) for end in range(first, len(ids))}
+    assert asked == left
+    truth = [
+        sum(next_logs(ids[:end])[ids[end]] for end in range(first, len(ids)))
+        for ids, first in zip(choices, said, strict=True)
+    ]
+    assert np.allclose(tree.log_probabilities(answers), truth)
+
+
+def test_all_of_a_choice_can_not_be_taken_as_said() -> None:
+    with pytest.raises(ValueError, match="must be left to ask about"):
+        ChoiceTree(((1, 0), (2, 0)), (2, 0))
+
+
 def test_all_answers_up_to_a_length_have_the_probability_one() -> None:
     """Ended by the end token, the choices are disjoint events."""
     bodies = itertools.chain.from_iterable(itertools.product(range(1, VOCABULARY), repeat=n) for n in range(4))

@@ -1,0 +1,100 @@
+"""A second look at records: a labelling run over those that are left, whose labels are scores by a rubric.
+
+The run is an ordinary one, on the same engines, in a folder named after what it is asked; one that was killed goes on
+where it stopped. Invariant: whatever it answers, a record ends with a score or with the reason why it has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from jobs.job_spec import JobSpec
+from jobs.prepare import PreparedJob, prepare
+from jobs.spec_label import as_template
+from jobs.synthesis_answers import Key
+from jobs.synthesis_rounds import RoundEnded, RunStep
+from pipeline.labels import LABEL
+from pipeline.ledger import Ledger
+from pipeline.parts import read_part
+from pipeline.record_fields import SOURCE
+from pipeline.settings import InputSettings, LabelSettings, PromptSettings, RoutingSettings, SamplingSettings
+from pipeline.shards import Shard
+from pipeline.storage import Store
+from pipeline.synthesis_settings import JudgeSettings
+
+FOLDER = "judge"
+_ASK = "{instructions}\n\nRecord:\n{{{{ record }}}}\n\nScores:\n{scores}\n\nAnswer with the score alone."
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the judge said of a record."""
+
+    score: int | None
+    problem: str | None = None
+    """Why there is no score."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """All that the judge said, read part by part."""
+
+    store: Store
+    parts: Mapping[str, list[Shard]] = field(default_factory=dict)
+    """Of each file of records that was judged, what holds its scores."""
+
+    def of_part(self, part_name: str) -> dict[Key, Judged]:
+        """The scores of the records in that file."""
+        found: dict[Key, Judged] = {}
+        for shard in self.parts.get(part_name, ()):
+            part = read_part(self.store, shard.part_name)
+            columns = (part.column(name).to_pylist() for name in (*SOURCE, LABEL, "error"))
+            for file, row, sample, label, error in zip(*columns, strict=True):
+                problem = None if error is None else f"{error['kind']}: {error['message']}"
+                found[file, row, sample] = Judged(None if label is None else int(label), problem)
+        return found
+
+
+def judge(job: PreparedJob, name: str, write_candidates: Callable[[str, Store], int], run: RunStep) -> Judgement:
+    """Have the records judged that `write_candidates` puts into the folder it is given.
+
+    Raises:
+        RoundEnded: the run ended early; the same command goes on with it.
+    """
+    store = Store(job.spec.output.path)
+    settings = job.spec.synthesize.judge if job.spec.synthesize is not None else None
+    folder = f"{FOLDER}/{name}"
+    output = Store(f"{store.root.rstrip('/')}/{folder}/scores")
+    if settings is None or not write_candidates(f"{folder}/records", store):
+        return Judgement(output)
+    summary = run(prepare(_judge_spec(job.spec, settings, f"{store.root.rstrip('/')}/{folder}/records", output.root)))
+    if summary["exit_code"] != 0:
+        raise RoundEnded(summary)
+    plan = Ledger(output).plan
+    parts: dict[str, list[Shard]] = {}
+    for shard in plan:
+        parts.setdefault(plan.files[shard.file_index].path.rpartition("/")[2], []).append(shard)
+    return Judgement(output, parts)
+
+
+def judge_prompt(settings: JudgeSettings) -> str:
+    """The question about a record, as a template over its columns."""
+    scores = as_template("\n".join(f"- {score}: {meaning}" for score, meaning in settings.scores.items()))
+    return _ASK.format(instructions=settings.instructions.strip(), scores=scores)
+
+
+def _judge_spec(spec: JobSpec, settings: JudgeSettings, records: str, output: str) -> JobSpec:
+    return spec.model_copy(
+        update={
+            "kind": "label",
+            "synthesize": None,
+            "label": LabelSettings(text="record", choices=[str(score) for score in settings.scores]),
+            "input": InputSettings(path=records),
+            "prompt": PromptSettings(template=judge_prompt(settings), marker_text=spec.prompt.marker_text),
+            "sampling": SamplingSettings(temperature=0.0, max_tokens=1),
+            "output": spec.output.model_copy(update={"path": output, "keep": list(SOURCE), "resume": "if_possible"}),
+            "limits": spec.limits.model_copy(update={"max_failed_fraction": 1.0}),
+            "routing": RoutingSettings(level=spec.routing.level),
+        }
+    )
