@@ -246,13 +246,16 @@ class Supervisor:
         """Find what was raised inside the layers that Ray wraps around it."""
         import ray
 
-        innermost, cause = error, getattr(error, "cause", None) or error.__cause__ or error.__context__
+        cause: BaseException | None = error
+        innermost = error
         for _ in range(20):
-            if isinstance(innermost, RunError):
-                return innermost
             if cause is None:
                 break
-            innermost, cause = cause, getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
+            if isinstance(cause, RunError):
+                return cause
+            if str(cause):  # Ray Data raises actors' deaths `from` an empty SystemException
+                innermost = cause
+            cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
         logger.debug("the flow failed", exc_info=error)
         first_line = next((line for line in str(innermost).splitlines() if line.strip()), "")
         cure = "rerun the same command"

@@ -33,3 +33,9 @@ def test_a_mistake_of_ours_is_named_by_its_innermost_cause_and_no_rerun_is_advis
 def test_what_machines_do_may_be_rerun() -> None:
     error = Supervisor._as_run_error(wrapped(ConnectionError("reset by peer")))
     assert error.message == "ConnectionError: reset by peer; what is committed is safe: rerun the same command"
+
+
+def test_an_empty_cause_hides_nothing() -> None:
+    death = ray.exceptions.RaySystemError("invalid syntax (generate.py, line 22)")
+    death.__cause__ = RuntimeError()
+    assert "invalid syntax (generate.py, line 22)" in Supervisor._as_run_error(death).message
