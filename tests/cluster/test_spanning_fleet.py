@@ -91,7 +91,10 @@ def test_what_can_not_be_spread_evenly_is_refused(nodes: ExtraNodes) -> None:
     assert refused.value.exit_code == 2
 
 
-@pytest.mark.parametrize("dies", ["second node", "first node", "follower", "engine"])
+@pytest.mark.parametrize(
+    "dies",
+    ["second node", *(pytest.param(part, marks=pytest.mark.long) for part in ("first node", "follower", "engine"))],
+)
 def test_what_dies_anywhere_ends_the_whole_replica_and_the_fleet_replaces_it(
     nodes: ExtraNodes, tmp_path: Path, dies: str
 ) -> None:
