@@ -234,6 +234,17 @@ class DispatchBoard(Generic[RowKey]):
         wanted = min(allowed - reserved, len(self._suspects) - waiting)
         for state in free[: max(0, wanted)]:
             state.reserved = True
+        self._reserve_empty_ones_instead(free[max(0, wanted) :])
+
+    def _reserve_empty_ones_instead(self, free: list[_Replica[RowKey]]) -> None:
+        """Let go of replicas that are still being emptied for a group where an empty one has joined since.
+
+        One that streams to somebody may take minutes to empty, while the suspects' attempts wait.
+        """
+        emptying = [state for state in self._replicas.values() if state.reserved and state.in_flight]
+        busy = [state for state in emptying if not state.running_group]
+        for held, empty in zip(busy, (state for state in free if not state.in_flight), strict=False):
+            held.reserved, empty.reserved = False, True
 
     def _next_microbatch(self) -> Assignment[RowKey] | None:
         if not self._fresh and not self._again:

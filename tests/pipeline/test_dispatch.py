@@ -300,3 +300,25 @@ def test_a_row_that_takes_its_whole_node_down_each_time_is_given_up_and_its_neig
         assert board.replica_down(name, "released", rows_to_blame=False) == []
     assert [(lost.key, lost.attempts) for lost in given_up] == [(killer, 3)]
     assert lost <= MAX_MOVED + 3
+
+
+def test_suspects_go_to_a_replica_that_joins_empty_rather_than_wait_for_one_to_empty() -> None:
+    board: DispatchBoard[int] = DispatchBoard(max_attempts=3)
+    for name in ("streams", "dies"):
+        board.replica_up(name, window=16)
+    board.add_rows(range(2))
+    first, second = board.next_assignment(), board.next_assignment()
+    assert first is not None
+    while second is not None:  # what is left may come in several
+        second = board.next_assignment()
+    holder, other = (first.replica, "dies" if first.replica == "streams" else "streams")
+    board.add_rows(range(2, 4))
+    while board.next_assignment() is not None:
+        pass
+    board.replica_down(holder, "engine_crash")  # its rows are suspects; the other one is busy for ever
+    assert board.next_assignment() is None
+    board.replica_up("replacement", window=16)
+    sent = board.next_assignment()
+    assert sent is not None
+    assert sent.replica == "replacement"
+    assert other != "replacement"
