@@ -2,29 +2,34 @@
 
 s3fs lets botocore's EndpointConnectionError and NoCredentialsError through, gcsfs its HttpError and adlfs azure's
 AzureError; none is an OSError, so no `except OSError` would see an object store that is away for a moment.
-Invariant: nothing but OSError and this program's own errors comes out of a client that `speaking_python` returned.
+Invariant: what a client that `speaking_python` returned raises of a store's is an OSError. ValueError and TypeError pass:
+those are our own mistakes in calling it.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 from pipeline.errors import RunError
 
-# botocore: NoCredentialsError, PartialCredentialsError, TokenRetrievalError; azure: ClientAuthenticationError;
-# google: DefaultCredentialsError, RefreshError.
-_REFUSED = re.compile(r"credential|auth|token|refresherror|permission", re.IGNORECASE)
+_NO_CREDENTIALS = frozenset(
+    {
+        *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"),  # botocore
+        *("SSOTokenLoadError", "UnauthorizedSSOTokenError", "NoAuthTokenError"),
+        *("DefaultCredentialsError", "ClientAuthenticationError"),  # google, azure
+    }
+)
+"""Classes that only people can cure. Others, such as google's RefreshError, also come from a service that is away."""
 
 
 def as_os_error(error: Exception) -> OSError:
     """PermissionError for what credentials could cure, else ConnectionError; the text names the original's class."""
     kind = type(error).__name__
     text = f"{kind}: {error}"
-    return PermissionError(text) if _REFUSED.search(kind) else ConnectionError(text)
+    return PermissionError(text) if kind in _NO_CREDENTIALS else ConnectionError(text)
 
 
 def speaking_python(client: Any) -> Any:
@@ -60,7 +65,7 @@ def _translated(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
-        except (OSError, RunError, ValueError, TypeError):  # ValueError and TypeError: our own mistake in calling it
+        except (OSError, RunError, ValueError, TypeError):
             raise
         except Exception as error:
             raise as_os_error(error) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.balance import Load, SpeedMeter, choose_recall
 from pipeline.dispatch import Assignment, DispatchBoard
-from pipeline.errors import NodeLost, ReplicaUnreachable, RequestRefused
+from pipeline.errors import NodeLost, ReplicaDied, ReplicaUnreachable, RequestRefused
 from pipeline.fleet_link import FleetLink
 from pipeline.fruitless_losses import FruitlessLosses
 from pipeline.membership import RETIRED, Departure, Member
@@ -54,7 +54,8 @@ class _Live:
 
     def load(self, now: float) -> Load:
         info = self.member.info
-        spare = max(0, len(self.sent) - info.max_num_seqs - info.lookahead)
+        # Of requests for several samples an engine begins fewer; then what it said last tells how many still wait.
+        spare = max(0, len(self.sent) - info.max_num_seqs - info.lookahead, min(len(self.sent), self.num_waiting))
         patient = now - self.recalled_at < RECALL_PATIENCE_S
         return Load(len(self.sent), info.max_num_seqs, 0 if patient else spare, self.speed.rate)
 
@@ -159,11 +160,11 @@ class Flights:
             if key is not None and self._shards.is_streamed(key):
                 attempt = self._board.finished(replica, key)
                 self._shards.settle(key, Outcome(failed("", why.kind, BROKEN_OFF), attempt or 1))
-        for lost in self._board.replica_down(
-            replica, why.kind, rows_to_blame=rows_to_blame, in_company=live.in_company
-        ):
+        # What rows fail by says something of rows: one that ten nodes went away with has crashed an engine.
+        kind = why.kind if rows_to_blame else ReplicaDied.kind
+        for lost in self._board.replica_down(replica, kind, rows_to_blame=rows_to_blame, in_company=live.in_company):
             message = f"attempt {lost.attempts} of {self._max_attempts}, the last one, ended in {why.kind}"
-            self._shards.settle(lost.key, Outcome(failed("", why.kind, message), lost.attempts))
+            self._shards.settle(lost.key, Outcome(failed("", kind, message), lost.attempts))
         self.send_all()
 
     def polled(self, replica: str, poll: Poll) -> None:

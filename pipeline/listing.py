@@ -129,7 +129,8 @@ def _match_local(location: str) -> list[FoundFile]:
     if not os.path.exists(absolute):  # a name that exists is meant literally, whatever brackets it holds
         hits = glob.glob(absolute, recursive=True)
         roots = [hit for hit in hits if not _is_hidden_below(absolute, hit)]
-    return [_stat_listed(path) for root in roots for path in _walk_local(root)]
+    seen: set[str] = set()
+    return [_stat_listed(path) for root in sorted(roots, key=_links_last) for path in _walk_local(root, seen)]
 
 
 def _stat_listed(path: str) -> FoundFile:
@@ -147,15 +148,24 @@ def _stat_listed(path: str) -> FoundFile:
         ) from error
 
 
-def _walk_local(root: str) -> Iterable[str]:
+def _links_last(path: str) -> tuple[bool, str]:
+    """By name, links after what they may stand for: a folder is known by its own name wherever that is met."""
+    return os.path.islink(path), path
+
+
+def _walk_local(root: str, seen: set[str]) -> Iterable[str]:
+    """Files below the root, or the root; `seen` has the directories that were walked before, and is added to."""
     if not os.path.isdir(root):
         if not os.path.isfile(root):
             raise SpecError(f"input path {root!r} is not a regular file; write the rows to a file first")
         return [root]
     files = []
-    seen = {os.path.realpath(root)}
+    if os.path.realpath(root) in seen:
+        return []
+    seen.add(os.path.realpath(root))
     for folder, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        visible = [os.path.join(folder, name) for name in subfolders if not _is_hidden(name)]
+        subfolders[:] = [os.path.basename(path) for path in sorted(visible, key=_links_last)]
         for name in tuple(subfolders):  # a link to a folder above would be walked for ever, one beside it twice
             real = os.path.realpath(os.path.join(folder, name))
             if real in seen:

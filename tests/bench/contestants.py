@@ -31,6 +31,7 @@ class Bench:
     engine_args: Mapping[str, Any]
     """As vLLM names them: dtype, max_model_len, max_num_seqs, max_num_batched_tokens and others."""
     num_threads: int
+    """Of each engine's forward pass: all cores, which is what ours takes on CPU."""
 
     @property
     def env(self) -> dict[str, str]:

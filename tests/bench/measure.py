@@ -79,16 +79,18 @@ def measure(command: Command, log: Path) -> Measured:
         RuntimeError: it failed; the message has the end of its output.
     """
     watch = _Watch(uuid.uuid4().hex)
-    thread = threading.Thread(target=watch.look_until_done)
+    thread = threading.Thread(target=watch.look_until_done, daemon=True)
     thread.start()
     began_at, began = time.time(), time.perf_counter()
-    with log.open("w") as output:
-        ended = subprocess.run(
-            command.words, check=False, env=environment(command, watch.mark), stdout=output, stderr=output
-        )
-    wall = time.perf_counter() - began
-    watch.done.set()
-    thread.join()
+    try:
+        with log.open("w") as output:
+            ended = subprocess.run(
+                command.words, check=False, env=environment(command, watch.mark), stdout=output, stderr=output
+            )
+        wall = time.perf_counter() - began
+    finally:
+        watch.done.set()
+        thread.join()
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command.words)} ended with {ended.returncode}:\n{log.read_text()[-3000:]}")
     written = sorted(_results(command.results))

@@ -108,7 +108,7 @@ def test_no_row_waits_for_a_twin_that_was_dropped(local_ray: None, action: str) 
         tasks = [asyncio.ensure_future(dispatcher.generate(*each)) for each in shards]
         while dispatcher.num_in_flight == 0:  # noqa: ASYNC110  the dispatcher tells nobody
             await asyncio.sleep(0.005)
-        dispatcher._shards[2].begun = True  # as when one of its own rows had gone out
+        dispatcher._shards.note_begun((2, 0))  # as when one of its own rows had gone out
         getattr(dispatcher, action)()
         return await asyncio.gather(*tasks)
 

@@ -37,6 +37,7 @@ class Client:
         (UNREACHABLE, ConnectionError),
         (botocore.NoCredentialsError(), PermissionError),
         (botocore.TokenRetrievalError(provider="sso", error_msg="expired"), PermissionError),
+        (botocore.CredentialRetrievalError(provider="metadata", error_msg="timed out"), ConnectionError),
         (RuntimeError("surprise"), ConnectionError),
     ],
 )

@@ -186,6 +186,13 @@ def test_links_to_directories_are_followed_each_directory_once(tree, tmp_path_fa
     assert names(list_inputs(str(tree))) == ["a.pq", "linked.parquet", "b.parquet", "c.parquet"]
 
 
+def test_a_folder_is_known_by_its_own_name_and_read_once_whatever_links_to_it(tmp_path):
+    write(tmp_path / "z" / "a.parquet", x=[1])
+    (tmp_path / "link").symlink_to(tmp_path / "z")
+    for pattern in (tmp_path, f"{tmp_path}/*"):
+        assert [file.path for file in list_inputs(str(pattern))] == [str(tmp_path / "z" / "a.parquet")]
+
+
 def test_link_to_nowhere_is_named_instead_of_hiding_the_other_files(tree):
     (tree / "z.parquet").symlink_to("/nowhere/z.parquet")
     with pytest.raises(SpecError, match=r"z\.parquet' is a link to '/nowhere/z\.parquet', which doesn't exist"):
