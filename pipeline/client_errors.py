@@ -2,8 +2,8 @@
 
 s3fs lets botocore's EndpointConnectionError and NoCredentialsError through, gcsfs its HttpError and adlfs azure's
 AzureError; none is an OSError, so no `except OSError` would see an object store that is away for a moment.
-Invariant: what a client that `speaking_python` returned raises of a store's is an OSError. ValueError and TypeError pass:
-those are our own mistakes in calling it.
+Invariant: what a client that `speaking_python` returned raises of a store's is an OSError. ValueError and TypeError
+pass: those are our own mistakes in calling it.
 """
 
 from __future__ import annotations
