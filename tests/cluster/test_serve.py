@@ -237,9 +237,13 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(endpoint: Served, key: 
 
 
 def test_a_key_that_asks_too_often_is_told_when_to_come_back(endpoint: Served, key: str) -> None:
+    answers: list[httpx.Response] = []
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: post(endpoint, key, {}), range(90)))
-    refused = [answer for answer in answers if answer.status_code == 429]
+        for _ in range(8):  # a slow machine may ask no faster than it may
+            answers += pool.map(lambda _: post(endpoint, key, {}), range(90))
+            refused = [answer for answer in answers if answer.status_code == 429]
+            if refused:
+                break
     assert refused
     assert {answer.status_code for answer in answers} == {400, 429}
     assert int(refused[0].headers["retry-after"]) >= 1
