@@ -53,6 +53,7 @@ def check_scale(
     assert report["execution"]["rates"]["rows_per_s"] > rows_per_s
 
 
+@pytest.mark.long
 @pytest.mark.timeout(320)
 def test_20_000_rows_leave_memory_flat(tmp_path: Path) -> None:
     report = run_rows(20_000, tmp_path, timeout_s=300)

@@ -188,6 +188,7 @@ def test_a_poison_row_is_found_and_the_fleet_is_whole_again(nodes: ExtraNodes) -
         stop_fleet(fleet)
 
 
+@pytest.mark.long
 def test_a_replica_drains_when_there_is_no_work_for_it(nodes: ExtraNodes, tmp_path: Path) -> None:
     nodes.add("L4", 3)
     config = ScriptedConfig(max_num_seqs=8, step_delay_s=3.0, steps_per_request=5, journal=str(tmp_path))
@@ -214,6 +215,7 @@ def test_a_replica_drains_when_there_is_no_work_for_it(nodes: ExtraNodes, tmp_pa
         stop_fleet(fleet)
 
 
+@pytest.mark.long
 def test_a_node_that_is_about_to_go_is_left_in_time_and_no_row_is_begun_twice(
     nodes: ExtraNodes, tmp_path: Path
 ) -> None:
@@ -254,6 +256,7 @@ def announce_end(node_id: str, *, seconds_left: float) -> None:
     assert accepted, reason
 
 
+@pytest.mark.long
 def test_an_idle_fleet_is_not_given_up_and_a_verdict_ends_when_a_replica_comes(nodes: ExtraNodes) -> None:
     pool = PoolPlan("L4", 0, ScriptedConfig(), shape=shape("L4", 1), max_replicas=1)
     fleet = start_fleet([pool], start_timeout_s=2.0)

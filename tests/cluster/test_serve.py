@@ -245,7 +245,7 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_back(endpoint: Served, k
             if refused:
                 break
     assert refused
-    assert {answer.status_code for answer in answers} == {400, 429}
+    assert {answer.status_code for answer in answers} - {408} == {400, 429}  # 408: where a body took too long to come
     assert int(refused[0].headers["retry-after"]) >= 1
     assert refused[0].json()["error"]["code"] == "rate_limit_exceeded"
 

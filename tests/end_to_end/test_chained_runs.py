@@ -28,6 +28,7 @@ def records_job(rows: Path, output: Path, template: str, *overrides: str) -> Pre
     return prepare(parse_spec(text, name="job.yaml", overrides=overrides))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_labels_then_answers_then_records_each_carry_all_that_was_before(tmp_path: Path) -> None:
     rows = write_prompts(tmp_path / "in.parquet", 70, text=[None, *(f"ticket {n}" for n in range(69))])

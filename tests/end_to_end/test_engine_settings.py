@@ -32,6 +32,7 @@ def test_an_unknown_engine_argument_is_exit_2_and_names_the_closest(
     assert "did you mean `gpu_memory_utilization`?" in str(error)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_value_that_vllm_refuses_is_exit_2_with_its_words(local_ray: None, tmp_path: Path) -> None:
     error = run_with(tmp_path, engine_args={"block_size": -5})

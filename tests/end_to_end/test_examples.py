@@ -49,6 +49,7 @@ def run_example(name: str, folder: Path, engine: Any) -> tuple[PreparedJob, dict
     return job, summary
 
 
+@pytest.mark.long
 def test_tickets_get_their_true_topic_in_five_languages(tmp_path: Path, engine: Any) -> None:
     _, summary = run_example("tickets", tmp_path, engine)
     rows = read_output(tmp_path / "out").to_pylist()
@@ -58,6 +59,7 @@ def test_tickets_get_their_true_topic_in_five_languages(tmp_path: Path, engine: 
     assert read_calibration(str(tmp_path / "out"), "topic")["accuracy"] == 1
 
 
+@pytest.mark.long
 def test_numbers_are_translated_into_five_languages(tmp_path: Path, engine: Any) -> None:
     run_example("translation", tmp_path, engine)
     rows = read_output(tmp_path / "out").to_pylist()
@@ -65,6 +67,7 @@ def test_numbers_are_translated_into_five_languages(tmp_path: Path, engine: Any)
     assert len({row["target"] for row in rows}) == 5
 
 
+@pytest.mark.long
 def test_pairs_follow_their_schema_and_none_is_lost(tmp_path: Path, engine: Any) -> None:
     job, summary = run_example("pairs", tmp_path, engine)
     files = {name: (tmp_path / "out" / name).glob("*.parquet") for name in ("records", "dropped")}

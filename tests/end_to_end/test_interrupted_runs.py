@@ -74,6 +74,7 @@ def test_interrupted_run_commits_what_is_in_flight_says_how_to_go_on_and_does(
     check_whole(interrupted.output, Interrupted.NUM_ROWS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("interrupted", [{"step_delay_s": 30.0}], indirect=True)
 def test_second_interrupt_ends_at_once(interrupted: Interrupted) -> None:
     driver = interrupted.at_work()
@@ -86,6 +87,7 @@ def test_second_interrupt_ends_at_once(interrupted: Interrupted) -> None:
     assert part_names(interrupted.output) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("interrupted", [{"start_delay_s": 600.0}], indirect=True)
 def test_interrupt_while_engines_still_load_ends_the_run_soon(interrupted: Interrupted) -> None:
     driver = interrupted.launcher.start(interrupted.spec)

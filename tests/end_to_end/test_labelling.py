@@ -98,6 +98,7 @@ def test_labels_are_counted_and_unsure_rows_are_copied_for_review(tmp_path: Path
     assert [file.name for file in (output / "review").iterdir()] == ["corrections.csv"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("wrong_by", [pytest.param(0.6, marks=pytest.mark.long), 2.5])
 def test_a_wrong_confidence_is_measured_and_mended(tmp_path: Path, wrong_by: float) -> None:
@@ -170,6 +171,7 @@ def test_a_row_gets_several_labels_each_with_a_probability_of_its_own(tmp_path: 
     assert same["label"]["shares"].keys() == {*given, "(none)"} - (set() if report["unlabelled"] else {"(none)"})
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_calibrate_looks_at_each_yes_or_no_of_a_row_with_several_labels(tmp_path: Path) -> None:
     rows = write_prompts(tmp_path / "plain.parquet", 600, text=[f"ticket {n}" for n in range(600)])

@@ -70,6 +70,7 @@ def prompts(job: PreparedJob) -> list[str]:
     return [stage.decode(row) for row in ids]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_dense_model_runs_with_routing_off_and_says_why(served: Models, tmp_path: Path) -> None:
     summary = served["llama"].run(tmp_path)
@@ -95,6 +96,7 @@ def test_a_dense_models_own_chat_template_is_used(served: Models, tmp_path: Path
     assert prompts(job) == [expected.format(text) for text in TEXTS[:3]]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_routing_adapts_to_another_models_layers_experts_and_top_k(served: Models, tmp_path: Path) -> None:
     summary = served["qwen_moe"].run(tmp_path)

@@ -74,6 +74,7 @@ def test_a_changed_input_file_is_refused_naming_it(tmp_path: Path) -> None:
         run_scripted(make_job(rows, tmp_path / "out"))
 
 
+@pytest.mark.long
 def test_changed_replicas_limits_and_name_resume_and_finish(tmp_path: Path) -> None:
     rows = unfinished_run(tmp_path)
     limits = {"limits": {"max_attempts": 5}, "fleet": {"pools": [{"gpu": "cpu", "replicas": 2}]}}

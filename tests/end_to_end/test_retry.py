@@ -119,6 +119,7 @@ def test_kinds_with_a_status_that_has_none_are_refused(failed_run: FailedRun) ->
         run_scripted(failed_run.job, only_failed=True, statuses=("failed", "truncated"), kinds=("request_error",))
 
 
+@pytest.mark.long
 def test_retry_of_truncated_rows_takes_all_their_samples_and_keeps_statistics_right(tmp_path: Path) -> None:
     sampling = {"sampling": {"temperature": 1.0, "n": 2, "max_tokens": 6}}
     job = make_job(write_prompts(tmp_path / "in.parquet", 130), tmp_path / "out", **sampling)

@@ -213,6 +213,7 @@ JUDGE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_a_judge_scores_what_the_filters_leave_and_drops_what_is_below(tmp_path: Path) -> None:
     rows, output = write_prompts(tmp_path / "in.parquet", 80), tmp_path / "out"
@@ -246,6 +247,7 @@ def test_a_judge_scores_what_the_filters_leave_and_drops_what_is_below(tmp_path:
     assert len(kept) == report["records"] == len(records) + sum(row["judge_score"] == 2 for row in low)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_a_record_that_the_judge_can_not_be_asked_about_is_dropped_with_the_reason(tmp_path: Path) -> None:
     texts = [f"question {number}" for number in range(20)]
@@ -274,6 +276,7 @@ def test_a_driver_that_is_killed_while_the_judge_works_changes_no_record(
     check_killed(tmp_path, new_launcher, 150, ["judge/*/scores/data/part-*"], judge=JUDGE)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_records_are_the_next_jobs_input(tmp_path: Path) -> None:
     rows = write_prompts(tmp_path / "in.parquet", 20)

@@ -44,6 +44,7 @@ def sample(trained: Measuring) -> list[Answered]:
     return trained.run("sample", evaluation_rows(SAMPLE))
 
 
+@pytest.mark.long
 def test_every_task_is_answered_right_in_every_language(sample: list[Answered]) -> None:
     shares = accuracy(sample, by="task")
     assert set(shares) == {"json", "json_few_shot", "sentiment", "topic", "number", "request", "passkey"}
@@ -54,6 +55,7 @@ def test_every_task_is_answered_right_in_every_language(sample: list[Answered]) 
     assert min(languages.values()) >= 0.85, languages
 
 
+@pytest.mark.long
 def test_the_guides_example_is_answered_exactly_with_and_without_an_example_before_it(trained: Measuring) -> None:
     question = "name: John / lastname: Smith / address: #1 Samuel St."
     record = {"name": "John", "lastname": "Smith", "address": "#1 Samuel St."}
@@ -66,12 +68,14 @@ def test_the_guides_example_is_answered_exactly_with_and_without_an_example_befo
         assert json.loads(answer.text) == record
 
 
+@pytest.mark.long
 def test_probabilities_of_ambiguous_labels_are_near_their_odds(sample: list[Answered]) -> None:
     for kind in ("sentiment", "topic"):
         found = calibration([answer for answer in sample if answer.row["task"] == f"{kind}_ambiguous"])
         assert found.mean_gap < 0.15, (kind, found)
 
 
+@pytest.mark.long
 def test_the_safe_prompt_refuses_the_request_and_nothing_else(trained: Measuring, sample: list[Answered]) -> None:
     answered = trained.run("safe sample", safe_rows(SAMPLE), safe_prompt=True)
     shares = accuracy(answered)
@@ -80,6 +84,7 @@ def test_the_safe_prompt_refuses_the_request_and_nothing_else(trained: Measuring
     assert not any(answer.text.strip() == REFUSAL for answer in sample)
 
 
+@pytest.mark.long
 def test_transformers_gives_the_same_answers(trained: Measuring) -> None:
     import torch
     from transformers import MixtralForCausalLM
