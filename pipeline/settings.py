@@ -53,7 +53,7 @@ class InputSettings(Settings):
     id: str | None = None
     """Your own id column: checked for nulls and duplicates. Rows are known by (input_file, input_row) regardless."""
     prefix: Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$")] | None = None
-    """Of an input that another run wrote: put before the columns that runs add, which go by their names, e.g. `draft_`."""
+    """Of an input that another run wrote: put before the columns that runs add, known by name: `draft_`."""
     limit: Annotated[int, Field(ge=0)] | None = None
     """Only the first so many rows, in file order."""
     new: Literal["all", "since_last_run"] = "all"
