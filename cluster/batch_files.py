@@ -106,10 +106,6 @@ class FileShelf:
         found = [record for path in paths if (record := self._read(path)) is not None]
         return [record.file for record in sorted(found, key=lambda record: record.created_ns, reverse=True)]
 
-    def num_bytes(self, owner: str) -> int:
-        """What the owner's files take."""
-        return sum(local_objects.sizes(str(self._root / owner_folder(owner))).values())
-
     def delete(self, owner: str, file_id: str) -> bool:
         """Remove a file; returns whether there was one."""
         if self.find(owner, file_id) is None:

@@ -2,6 +2,7 @@
 
 Each step of a batch is a process, which the layer above knows how to start. Invariant: but for processes and their
 failures nothing is known here that isn't in the batches' folders; after a restart all that was open is taken up again.
+A folder that can't be read is left alone for a while, and costs no other batch anything.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +20,21 @@ from typing import Protocol
 
 from openai.types import BatchError, BatchRequestCounts
 
-from cluster.batch_records import LOG, BatchFacts, BatchFolder, BatchRecords, End, Ended
-from cluster.batch_states import NO_COUNTS, Step, is_over, is_to_end, next_step
+from cluster.batch_records import LOG, RECORD, BatchFacts, BatchFolder, BatchRecords, Ended
+from cluster.batch_states import NO_COUNTS, Step, end_of, is_over, is_to_end, next_step
+from cluster.batch_upkeep import drop_oldest, sweep
 from pipeline.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 1.0
+SCAN_INTERVAL_S = 60.0
 MAX_FAILURES = 10
-"""In a row, of one batch's processes; they are some six minutes apart together."""
+"""In a row, of one batch's processes; they are some six minutes apart together. Then as many that write its results."""
 LONGEST_WAIT_S = 60.0
 KILL_AFTER_S = 60.0
 """After what a run may take to finish what it has begun: it still has to write its results."""
-CANNOT_RUN = BatchError(
-    code="server_error", message="this endpoint could not run the batch; whoever operates it finds out why in its log"
-)
+CANNOT_RUN = "this endpoint could not run the batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ class BatchQueue:
 
     Guarantees:
     - of sound batches those that were created first are run first, at most `at_once` at a time.
-    - a batch that fails again and again lets others pass meanwhile, and is failed in the end.
+    - a batch that fails again and again lets others pass meanwhile, and is failed in the end, with what was answered.
+    - a folder that is gone or broken is that batch's alone.
     """
 
     records: BatchRecords
@@ -105,8 +108,14 @@ class BatchQueue:
     served: Served
     at_once: int
     now: Callable[[], float] = time.time
+    failure: str | None = None
+    """Why nothing is worked at any more."""
     _open: dict[Path, BatchFolder] = field(default_factory=dict)
-    """In the order of their creation."""
+    """In the order of their creation; changed under the lock, by the queue's thread and by those of requests."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _over: set[Path] = field(default_factory=set)
+    """Those that nothing is left to do about, so that each scan reads the others only."""
+    _scanned_at: float | None = None
     _going: dict[Path, _Going] = field(default_factory=dict)
     _failures: dict[Path, _Failures] = field(default_factory=dict)
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -115,17 +124,28 @@ class BatchQueue:
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="batches"))
 
     def __post_init__(self) -> None:
-        for folder in self.records.everybodys():
-            if not is_over(folder.facts()):
-                self._open[folder.path] = folder
+        self.scan()
 
     def add(self, folder: BatchFolder) -> None:
-        """Take a new batch."""
-        self._open[folder.path] = folder
+        """Take a new batch; from any thread."""
+        with self._lock:
+            self._open[folder.path] = folder
 
     def num_open(self, owner: str) -> int:
-        """Batches of this owner that aren't over."""
-        return sum(folder.owner == owner for folder in list(self._open.values()))
+        """Batches of this owner that aren't over; from any thread."""
+        with self._lock:
+            return sum(folder.owner == owner for folder in self._open.values())
+
+    def begin(self) -> asyncio.Task[None]:
+        """Have `work` done; whatever ends it is in `failure`. Who calls keeps the task."""
+        working = asyncio.get_running_loop().create_task(self.work())
+        working.add_done_callback(self._note_failure)
+        return working
+
+    def _note_failure(self, working: asyncio.Task[None]) -> None:
+        if not working.cancelled() and (error := working.exception()) is not None:
+            self.failure = f"batches aren't worked at any more: {error!r}"
+            logger.error(self.failure, exc_info=error)
 
     def wake(self) -> None:
         """Look at once; from the event loop's thread."""
@@ -153,47 +173,105 @@ class BatchQueue:
     def look(self) -> None:
         """See what has ended, what must end, and what can begin."""
         for path, going in list(self._going.items()):
-            self._watch(path, going)
-        for path, folder in list(self._open.items()):
-            if self._closed:
-                return
+            with self._left_alone(path):
+                self._watch(path, going)
+        if self._closed:
+            return
+        if self._scanned_at is None or self.now() - self._scanned_at >= SCAN_INTERVAL_S:
+            self.scan()
+        with self._lock:
+            folders = list(self._open.values())
+        for folder in folders:
+            path = folder.path
             if path not in self._going and self._failures.get(path, _Failures()).not_before <= self.now():
-                self._advance(folder)
+                with self._left_alone(path):
+                    self._advance(folder)
+
+    def scan(self) -> None:
+        """Take up batches that another endpoint made, and remove what one that died had yet to remove."""
+        is_first, self._scanned_at = self._scanned_at is None, self.now()
+        sweep(self.records.root)
+        found = self.records.everybodys()
+        known = {folder.path for folder in found}
+        self._over &= known
+        fresh: dict[Path, BatchFolder] = {}
+        for folder in found:
+            if folder.path not in self._over:
+                with self._left_alone(folder.path):
+                    facts = folder.facts()
+                    if is_over(facts):
+                        self._tidy(folder, facts)
+                    elif is_first or facts.created.model == self.served.model_name:  # else it is another model's
+                        fresh[folder.path] = folder
+        drop_oldest(folder for folder in found if folder.path in self._over)
+        places = {folder.path: place for place, folder in enumerate(found)}
+        with self._lock:
+            both = fresh | self._open
+            self._open = {path: both[path] for path in sorted(both, key=lambda each: places.get(each, len(places)))}
+
+    def _tidy(self, folder: BatchFolder, facts: BatchFacts) -> None:
+        if facts.ended is None or not facts.ended.keeps_rows:
+            folder.forget_rows()
+        self._over.add(folder.path)
 
     def _look_safely(self) -> None:
         try:
             self.look()
-        except OSError as error:  # a full disk, say; the next look may find it mended
+        except OSError as error:  # of the directory itself; the next look may find it mended
             logger.warning("batches: %s", error)
+
+    @contextlib.contextmanager
+    def _left_alone(self, path: Path) -> Iterator[None]:
+        """Should the block fail, for this batch only and for a minute; a full disk may be mended by then."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # pydantic's are ValueErrors
+            if not (path / RECORD).exists():
+                logger.warning("batch %s is gone", path)
+                self._forget(path)
+            else:
+                logger.warning("batch %s is left alone for a minute: %s", path, error)
+                self._failures.setdefault(path, _Failures()).not_before = self.now() + LONGEST_WAIT_S
+
+    def _forget(self, path: Path) -> None:
+        with self._lock:
+            self._open.pop(path, None)
+        self._failures.pop(path, None)
 
     def _advance(self, folder: BatchFolder) -> None:
         facts = folder.facts()
         step = next_step(facts, self.now())
         if step is None:
-            del self._open[folder.path]
+            self._forget(folder.path)
         elif step == "end":
             counts = NO_COUNTS.model_copy(update={"total": facts.checked.num_requests if facts.checked else 0})
-            status: End = "cancelled" if facts.cancel is not None else "expired"
-            folder.note_ended(Ended(at=int(self.now()), status=status, counts=counts))
+            status = end_of(facts)
+            errors = facts.given_up.errors if facts.given_up is not None and status == "failed" else []
+            folder.note_ended(Ended(at=int(self.now()), status=status, counts=counts, errors=errors))
         elif sum(going.step == step for going in self._going.values()) < (self.at_once if step == "run" else 1):
             process = self.runner.start(step, folder.path, self.served)
             self._going[folder.path] = _Going(process, step, writes_results=is_to_end(facts, self.now()))
 
     def _watch(self, path: Path, going: _Going) -> None:
         exit_code = going.process.poll()
-        facts = self._open[path].facts()
         if exit_code is not None:
             del self._going[path]
-            self._note_exit(path, facts, exit_code, was_told=going.told_at is not None)
+            if path in self._open:
+                self._note_exit(path, exit_code, was_told=going.told_at is not None)
         elif going.told_at is None:
-            runs_on = going.step == "run" and facts.finalizing is None and not going.writes_results
-            if self._closed or (runs_on and is_to_end(facts, self.now())):
+            if self._closed or path not in self._open or self._must_stop(path, going):
                 going.process.terminate()
                 going.told_at = self.now()
         elif self.now() - going.told_at > self.served.drain_timeout_s + KILL_AFTER_S:
             going.process.kill()
 
-    def _note_exit(self, path: Path, facts: BatchFacts, exit_code: int, *, was_told: bool) -> None:
+    def _must_stop(self, path: Path, going: _Going) -> bool:
+        facts = self._open[path].facts()
+        runs_on = going.step == "run" and facts.finalizing is None and not going.writes_results
+        return runs_on and is_to_end(facts, self.now())
+
+    def _note_exit(self, path: Path, exit_code: int, *, was_told: bool) -> None:
+        facts = self._open[path].facts()
         if exit_code == 0 or was_told or is_over(facts):
             self._failures.pop(path, None)
             return
@@ -202,5 +280,18 @@ class BatchQueue:
         failures.not_before = self.now() + min(LONGEST_WAIT_S, 2.0**failures.count)
         logger.warning("a process ended with %d, number %d in a row; see %s", exit_code, failures.count, path / LOG)
         if failures.count >= MAX_FAILURES:
-            live = self.runner.counts(path) or NO_COUNTS
-            self._open[path].note_ended(Ended(at=int(self.now()), status="failed", counts=live, errors=[CANNOT_RUN]))
+            self._give_up(self._open[path], facts)
+            del self._failures[path]
+
+    def _give_up(self, folder: BatchFolder, facts: BatchFacts) -> None:
+        """Have what was answered written to its files; if that is what fails, leave it where it is."""
+        errors = [BatchError(code="server_error", message=": ".join(filter(None, [CANNOT_RUN, folder.last_words()])))]
+        if facts.given_up is None:
+            folder.note_given_up(errors)
+            return
+        counts = self.runner.counts(folder.path) or NO_COUNTS
+        errors = facts.given_up.errors + errors
+        logger.error("the results of batch %s can't be written; what it has stays there", folder.path)
+        folder.note_ended(
+            Ended(at=int(self.now()), status="failed", counts=counts, errors=errors, keeps_rows=True),
+        )

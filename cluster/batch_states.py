@@ -3,6 +3,7 @@
     validating -> in_progress -> finalizing -> completed
         |             |---------------------> expired      24 hours after it was created, with what is done by then
         |             |-> cancelling -------> cancelled    likewise
+        |             |-> finalizing -------> failed       its run failed again and again; likewise
         `-> failed                                         a line of its file is no request
 
 A batch whose file is sound is in progress, though it may wait for others.
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from openai.types import Batch, BatchError, BatchRequestCounts
 from openai.types.batch import Errors
 
-from cluster.batch_records import BatchFacts
+from cluster.batch_records import BatchFacts, End
 
 Step = Literal["check", "run", "end"]
 """`check` reads its file, `run` answers its requests and writes results, `end`: nothing was begun, so it is over."""
@@ -29,7 +30,7 @@ def is_over(facts: BatchFacts) -> bool:
 
 def is_to_end(facts: BatchFacts, now: float) -> bool:
     """Whether it must come to its end with whatever is done."""
-    return facts.cancel is not None or now >= facts.created.expires_at
+    return facts.cancel is not None or facts.given_up is not None or now >= facts.created.expires_at
 
 
 def next_step(facts: BatchFacts, now: float) -> Step | None:
@@ -37,8 +38,15 @@ def next_step(facts: BatchFacts, now: float) -> Step | None:
     if is_over(facts):
         return None
     if is_to_end(facts, now) and not facts.has_run:
-        return "end" if facts.checked is None or facts.cancel is not None else "run"
+        return "run" if facts.checked is not None and end_of(facts) == "expired" else "end"
     return "check" if facts.checked is None else "run"
+
+
+def end_of(facts: BatchFacts) -> End:
+    """How a batch ends that must, with what it has."""
+    if facts.cancel is not None:
+        return "cancelled"
+    return "failed" if facts.given_up is not None else "expired"
 
 
 def status_of(facts: BatchFacts) -> Any:
@@ -49,7 +57,7 @@ def status_of(facts: BatchFacts) -> Any:
         return "failed"
     if facts.cancel is not None:
         return "cancelling"
-    if facts.finalizing is not None:
+    if facts.finalizing is not None or facts.given_up is not None:
         return "finalizing"
     return "validating" if facts.checked is None else "in_progress"
 

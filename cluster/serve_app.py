@@ -51,7 +51,7 @@ class Ingress:
             lambda records: BatchQueue(records, runner, served, at_once=at_once),
             self._settings,
         )
-        self._working = asyncio.get_running_loop().create_task(desk.queue.work())
+        self._working = desk.queue.begin()
         return desk
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -67,9 +67,10 @@ class Ingress:
         return make_app(Endpoint(model, self._prompts, self._generation, metrics, self._settings, self._desk))
 
     async def check_health(self) -> None:
-        """Raise once the fleet is gone; Serve then starts another ingress, which looks for it anew."""
-        if self._generation.failure is not None:
-            raise InfrastructureError(self._generation.failure)
+        """Raise once the fleet is gone, or batches aren't worked at; Serve then starts another ingress."""
+        failures = [self._generation.failure, self._desk.queue.failure if self._desk is not None else None]
+        for failure in filter(None, failures):
+            raise InfrastructureError(failure)
 
     async def drain(self) -> bool:
         """Let nobody in any more and wait for the rest; returns whether all is done, but for batches, which go on."""

@@ -6,6 +6,7 @@ nobody sees, uses or deletes what is another's.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from cluster.batch_files import FileShelf, new_file_id
 from cluster.batch_queue import BatchQueue
 from cluster.batch_records import BatchFolder, BatchRecords, new_batch
 from cluster.batch_states import describe, is_over, status_of
+from cluster.batch_upkeep import num_bytes
 from cluster.serve_errors import RATE, ApiError
 from cluster.serve_http import CALLER
 from cluster.serve_settings import ServeSettings
@@ -183,7 +185,6 @@ class _Routes:
     async def create(self, body: BatchRequest, request: Request) -> Batch:
         """Have the requests of a file answered."""
         folder = await run_in_threadpool(self._create, request.scope[CALLER], body)
-        self._desk.queue.add(folder)
         self._desk.queue.wake()
         return await run_in_threadpool(self._describe, folder)
 
@@ -193,8 +194,13 @@ class _Routes:
         """List the caller's batches."""
         folders = self._desk.records.owned(request.scope[CALLER])
         page, has_more = _page(folders, [folder.path.name for folder in folders], after, limit)
-        data = [self._describe(folder) for folder in page]
-        return BatchList(data=data, **_ends([batch.id for batch in data], has_more=has_more))
+        data = []
+        for folder in page:
+            with contextlib.suppress(
+                FileNotFoundError, ValueError
+            ):  # gone just now, or broken: the queue's log says so
+                data.append(self._describe(folder))
+        return BatchList(data=data, **_ends([folder.path.name for folder in page], has_more=has_more))
 
     def batch(self, batch_id: str, request: Request) -> Batch:
         """Describe a batch."""
@@ -207,13 +213,11 @@ class _Routes:
         return await run_in_threadpool(self._describe, folder)
 
     def _keep(self, owner: str, file: UploadFile) -> FileObject:
-        limit, total = self._desk.settings.max_file_bytes, self._desk.settings.max_stored_bytes
+        limit = self._desk.settings.max_file_bytes
         size = file.size or 0
         if size > limit:
             raise ApiError(413, f"the file is larger than {limit} bytes; make several of it", code="file_too_large")
-        if self._desk.files.num_bytes(owner) + size > total:
-            message = f"your files would take more than {total} bytes together; delete some"
-            raise ApiError(413, message, code="storage_limit_exceeded")
+        self._check_room(owner, size)
         name = file.filename or "upload.jsonl"
         return self._desk.files.add(owner, file.file, name=name, purpose="batch", file_id=new_file_id())
 
@@ -224,6 +228,7 @@ class _Routes:
         if self._desk.queue.num_open(owner) >= MAX_OPEN_BATCHES:
             message = f"{MAX_OPEN_BATCHES} of your batches aren't over; wait until one is, or cancel one"
             raise ApiError(429, message, type=RATE, code="too_many_batches", retry_after_s=60)
+        self._check_room(owner, 0)
         created = new_batch(
             input_file_id=file.id,
             endpoint=body.endpoint,
@@ -231,12 +236,20 @@ class _Routes:
             model=self._desk.queue.served.model_name,
             ids=(new_file_id(), new_file_id()),
         )
-        return self._desk.records.create(owner, self._desk.files.content_path(owner, file.id), created)
+        folder = self._desk.records.create(owner, self._desk.files.content_path(owner, file.id), created)
+        self._desk.queue.add(folder)  # here: a caller who hangs up ends the handler, never this thread
+        return folder
+
+    def _check_room(self, owner: str, size: int) -> None:
+        total = self._desk.settings.max_stored_bytes
+        if num_bytes(self._desk.root, owner) + size > total:
+            message = f"your files and batches would take more than {total} bytes together; delete files"
+            raise ApiError(413, message, code="storage_limit_exceeded")
 
     def _cancel(self, owner: str, batch_id: str) -> BatchFolder:
         folder = self._find_batch(owner, batch_id)
         facts = folder.facts()
-        if is_over(facts) or facts.finalizing is not None:
+        if is_over(facts) or facts.finalizing is not None or facts.given_up is not None:
             message = f"batch {batch_id} is {status_of(facts)} and can't be cancelled any more"
             raise ApiError(409, message, code="batch_not_cancellable")
         folder.note_cancel()

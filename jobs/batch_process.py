@@ -1,6 +1,6 @@
 """The process that does one step of a batch: reads its file, or answers its requests by a run and writes the results.
 
-    python -m jobs.batch_process check|run FOLDER RAY_ADDRESS PARENT
+    python -m jobs.batch_process check|run FOLDER RAY_ADDRESS FLEET PARENT
 
 Guarantees:
 - of several processes for one batch one works at a time; the others find its work done.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import signal
 import sys
@@ -33,7 +34,7 @@ def do_step() -> None:
     Raises:
         RunError: the run could not go on; trying again continues it.
     """
-    step, path, address, parent = sys.argv[1:]
+    step, path, address, fleet, parent = sys.argv[1:]
     _end_with(int(parent))
     batch = BatchFolder(Path(path))
     with _alone(batch):
@@ -42,7 +43,7 @@ def do_step() -> None:
         if step == "check":
             check(batch)
         else:
-            answer(batch, address)
+            answer(batch, address, fleet)
 
 
 def check(batch: BatchFolder) -> None:
@@ -54,27 +55,27 @@ def check(batch: BatchFolder) -> None:
     num_requests, errors = check_requests(str(path), endpoint=created.endpoint, model=created.model)
     batch.note_checked(num_requests, errors)
     if errors:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
-def answer(batch: BatchFolder, address: str) -> None:
+def answer(batch: BatchFolder, address: str, fleet: str) -> None:
     """Answer all requests, or, if the batch is to end, none any more; then write what there is."""
     from jobs.batch_results import finish
 
     if not is_to_end(batch.facts(), time.time()):
-        exit_code = _run(batch, address)
+        exit_code = _run(batch, address, fleet)
         if exit_code == 130 and not is_to_end(batch.facts(), time.time()):
             raise SystemExit(exit_code)
     finish(batch, now=time.time())
 
 
-def _run(batch: BatchFolder, address: str) -> int:
-    """`tramontane run` of the batch's spec."""
+def _run(batch: BatchFolder, address: str, fleet: str) -> int:
+    """`tramontane run` of the batch's spec, on the fleet that there is now: its name changes no result."""
     from jobs.prepare import prepare
     from jobs.run import RunOptions, run_job
     from jobs.spec import load_spec
 
-    job = prepare(load_spec(batch.path / SPEC, []))
+    job = prepare(load_spec(batch.path / SPEC, [f"fleet.attach={json.dumps(fleet)}"]))
     options = RunOptions(quiet=True, ray=address, run_id=batch.path.name)
     return int(run_job(job, options, say=_say)["exit_code"])
 

@@ -12,14 +12,14 @@ from openai.types import BatchRequestCounts, BatchUsage
 from openai.types.batch_usage import InputTokensDetails, OutputTokensDetails
 
 from cluster.batch_files import FileShelf
-from cluster.batch_records import INPUT, RUN, BatchFacts, BatchFolder, End, Ended
+from cluster.batch_records import INPUT, RESULTS, RUN, BatchFacts, BatchFolder, End, Ended
+from cluster.batch_states import end_of
 from jobs.batch_check import input_ids
 from jobs.openai_export import ERROR_FILE, OUTPUT_FILE, export_batch
 from jobs.summary import read_summary
 from pipeline.ledger import Ledger
 from pipeline.storage import Store
 
-RESULTS = "results"
 EXPIRED = "batch_expired"
 
 
@@ -33,10 +33,9 @@ def finish(batch: BatchFolder, *, now: float) -> None:
     num_results, num_errors = _export(batch, facts)
     total = facts.checked.num_requests if facts.checked else 0
     status: End = "completed"
-    if facts.cancel is not None:
-        status = "cancelled"
-    elif num_results + num_errors < total:
-        status = "expired"
+    if facts.cancel is not None or num_results + num_errors < total:
+        status = end_of(facts)
+    if status == "expired":
         num_errors += _tell_expired(batch)
     _keep(batch, folder / OUTPUT_FILE, facts.created.output_file_id, num_lines=num_results)
     _keep(batch, folder / ERROR_FILE, facts.created.error_file_id, num_lines=num_errors)
@@ -45,12 +44,12 @@ def finish(batch: BatchFolder, *, now: float) -> None:
             at=int(now),
             status=status,
             counts=BatchRequestCounts(total=total, completed=num_results, failed=num_errors),
+            errors=facts.given_up.errors if facts.given_up is not None and status == "failed" else [],
             has_output=num_results > 0,
             has_error_file=num_errors > 0,
             usage=_usage(batch),
         )
     )
-    shutil.rmtree(folder)
 
 
 def _export(batch: BatchFolder, facts: BatchFacts) -> tuple[int, int]:

@@ -28,10 +28,10 @@ class ProcessRunner:
 
     def start(self, step: Step, folder: Path, served: Served) -> subprocess.Popen[bytes]:
         """Start `jobs.batch_process`; it ends when we do."""
-        created = BatchFolder(folder).facts().created
-        spec = json.dumps(batch_spec(created, folder, served), indent=1)
-        local_objects.replace(str(folder / SPEC), spec.encode())
-        command = [sys.executable, "-P", "-m", MODULE, step, str(folder), served.address, str(os.getpid())]
+        if step == "run":
+            keep_spec(BatchFolder(folder), served)
+        words = [step, str(folder), served.address, served.fleet, str(os.getpid())]
+        command = [sys.executable, "-P", "-m", MODULE, *words]
         with (folder / LOG).open("ab") as log:
             return subprocess.Popen(
                 command,
@@ -51,6 +51,14 @@ class ProcessRunner:
         failed = progress["rows_failed"]
         done = progress["rows_done"]
         return BatchRequestCounts(total=progress["rows_total"], completed=max(0, done - failed), failed=failed)
+
+
+def keep_spec(batch: BatchFolder, served: Served) -> None:
+    """Write the batch's spec, once: settings of a later endpoint would make its rows those of another job."""
+    path = batch.path / SPEC
+    if not path.exists():
+        spec = batch_spec(batch.facts().created, batch.path, served)
+        local_objects.replace(str(path), json.dumps(spec, indent=1).encode())
 
 
 def _environment() -> dict[str, str]:

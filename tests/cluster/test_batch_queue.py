@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +13,20 @@ import pytest
 from openai.types import BatchError, BatchRequestCounts
 
 from cluster.batch_queue import MAX_FAILURES, BatchQueue, Served
-from cluster.batch_records import RUN, BatchFolder, BatchRecords, Ended, new_batch
-from cluster.batch_states import NO_COUNTS, Step, status_of
+from cluster.batch_records import (
+    INPUT,
+    LOG,
+    RECORD,
+    RESULTS,
+    RUN,
+    BatchFolder,
+    BatchRecords,
+    End,
+    Ended,
+    new_batch,
+)
+from cluster.batch_states import NO_COUNTS, Step, end_of, is_to_end, status_of
+from pipeline.parts import DATA
 from tests.cluster.test_batch_states import served
 
 
@@ -38,8 +52,10 @@ class Process:
         if exit_code == 0 and self.step == "check":
             self.folder.note_checked(3, [])
         elif exit_code == 0:
-            status = "cancelled" if self.folder.facts().cancel else "completed"
-            self.folder.note_ended(Ended(at=1, status=status, counts=NO_COUNTS))  # type: ignore[arg-type]
+            facts = self.folder.facts()
+            status: End = end_of(facts) if is_to_end(facts, 0) else "completed"
+            errors = facts.given_up.errors if facts.given_up else []
+            self.folder.note_ended(Ended(at=1, status=status, counts=NO_COUNTS, errors=errors))
         self.exit_code = exit_code
 
 
@@ -79,18 +95,22 @@ class Desk:
         self.queue = self.open()
 
     def open(self) -> BatchQueue:
-        return BatchQueue(self.records, self.runner, served(), at_once=self.at_once, now=lambda: self.time)
+        return BatchQueue(BatchRecords(self.root), self.runner, served(), at_once=self.at_once, now=lambda: self.time)
 
     def create(self, owner: str = "alice") -> BatchFolder:
+        folder = self.make(owner)
+        self.queue.add(folder)
+        return folder
+
+    def make(self, owner: str = "alice", *, model: str = "m") -> BatchFolder:
+        """One that the queue isn't told of."""
         source = self.root / "in.jsonl"
         source.write_text("{}\n")
         created = new_batch(
-            input_file_id="f", endpoint="/v1/completions", metadata=None, model="m", ids=("file-a", "file-b")
+            input_file_id="f", endpoint="/v1/completions", metadata=None, model=model, ids=("file-a", "file-b")
         )
         created = created.model_copy(update={"created_ns": next(self._numbers), "expires_at": 1000})
-        folder = self.records.create(owner, source, created)
-        self.queue.add(folder)
-        return folder
+        return self.records.create(owner, source, created)
 
     def look(self) -> None:
         """Until nothing more comes of looking: one look sees an end, the next begins what follows from it."""
@@ -198,16 +218,127 @@ def test_a_failing_batch_lets_others_pass_and_is_failed_in_the_end(desk: Desk) -
     desk.look()
     assert desk.runner.live("run") == [other.path.name]
     desk.runner.of(other, "run")[0].end()
-    for _ in range(MAX_FAILURES - 1):
+    (failing.path / LOG).write_text("Traceback\nerror: changed since then: prompt.marker_text\n")
+    fail(desk, failing, MAX_FAILURES - 1)
+    assert desk.status(failing) == "finalizing"
+    assert (failing.path / INPUT).exists(), "nothing goes before its results are written"
+    desk.look()
+    writing = desk.runner.of(failing, "run")[MAX_FAILURES]
+    assert writing.signals == []
+    writing.end()
+    desk.look()
+    assert desk.status(failing) == "failed"
+    [error] = ended(failing).errors
+    assert error.code == "server_error"
+    assert "changed since then: prompt.marker_text" in str(error.message)
+    assert desk.queue.num_open("alice") == 0
+
+
+def test_results_that_cannot_be_written_stay_in_the_folder_of_a_failed_batch(desk: Desk) -> None:
+    failing = desk.create()
+    desk.look()
+    desk.check_all()
+    fail(desk, failing, 2 * MAX_FAILURES)
+    assert desk.status(failing) == "failed"
+    assert len(ended(failing).errors) == 2
+    desk.open()
+    assert (failing.path / INPUT).exists(), "the next endpoint leaves them alone, too"
+
+
+def test_what_cannot_even_be_checked_is_failed_without_a_run(desk: Desk) -> None:
+    failing = desk.create()
+    fail(desk, failing, MAX_FAILURES, "check")
+    desk.look()
+    assert desk.status(failing) == "failed"
+    assert [error.code for error in ended(failing).errors] == ["server_error"]
+    assert desk.runner.of(failing, "run") == []
+
+
+def test_folders_that_are_gone_or_broken_keep_no_other_batch_waiting(desk: Desk) -> None:
+    running, gone, broken, strange, sound = (desk.create() for _ in range(5))
+    desk.look()
+    desk.check_all()
+    assert desk.runner.live("run") == [running.path.name]
+    for folder in (running, gone):
+        shutil.rmtree(folder.path)
+    (broken.path / RECORD).write_text("{")
+    (strange.path / "cancel.json").write_text('{"at": "yesterday"}')
+    desk.look()
+    [run] = desk.runner.of(running, "run")
+    assert run.signals[0] == "TERM"
+    run.exit_code = -15
+    desk.look()
+    assert desk.runner.live("run") == [sound.path.name]
+    desk.runner = Runner()
+    desk.queue = desk.open()
+    desk.look()
+    assert desk.runner.live("run") == [sound.path.name]
+    assert [folder.path for folder in desk.records.owned("alice")] == [sound.path, strange.path]
+    (strange.path / "cancel.json").unlink()
+    desk.runner.of(sound, "run")[0].end()
+    desk.time += 61
+    desk.look()
+    assert desk.runner.live("run") == [strange.path.name], "one that is mended goes on"
+
+
+def test_batches_that_another_endpoint_made_are_found_in_a_minute_and_those_of_another_model_left(desk: Desk) -> None:
+    own = desk.create()
+    others, strangers = desk.make(), desk.make(model="another")
+    later = desk.create()
+    desk.look()
+    desk.check_all()
+    assert desk.queue.num_open("alice") == 2
+    desk.time += 61
+    desk.look()
+    desk.check_all()
+    assert desk.queue.num_open("alice") == 3
+    assert [desk.status(batch) for batch in (others, strangers, later)] == ["in_progress", "validating", "in_progress"]
+    desk.runner.of(own, "run")[0].end()
+    desk.look()
+    assert desk.runner.live("run") == [others.path.name], "it was created before the other one"
+
+
+def test_prompts_that_an_endpoint_died_before_removing_go_when_the_next_one_opens(desk: Desk) -> None:
+    done, refused, waiting = desk.create(), desk.create(), desk.create()
+    done.note_ended(Ended(at=1, status="completed", counts=NO_COUNTS))
+    refused.note_checked(1, [BatchError(code="x")])
+    for folder in (done, refused):
+        for name in (INPUT, f"{RUN}/{DATA}/part.parquet", f"{RESULTS}/output.jsonl"):
+            (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder.path / name).write_text("a prompt")
+    desk.open()
+    left = {path.name for folder in (done, refused) for path in folder.path.rglob("*") if path.is_file()}
+    assert left == {"batch.json", "ended.json", "checked.json"}
+    assert (waiting.path / INPUT).exists()
+
+
+def test_a_queue_that_works_no_more_says_so(desk: Desk) -> None:
+    class Broken(Runner):
+        def start(self, step: Step, folder: Path, served: Served) -> Process:
+            raise RuntimeError("a mistake of ours")
+
+    async def work() -> None:
+        with pytest.raises(RuntimeError):
+            await desk.queue.begin()
+
+    desk.queue.runner = Broken()
+    desk.create()
+    asyncio.run(work())
+    assert "a mistake of ours" in str(desk.queue.failure)
+
+
+def fail(desk: Desk, batch: BatchFolder, times: int, step: Step = "run") -> None:
+    for _ in range(times):
         desk.time += 61
         desk.look()
-        desk.runner.of(failing, "run")[-1].end(3)
-        desk.look()
-    assert len(desk.runner.of(failing, "run")) == MAX_FAILURES
-    assert desk.status(failing) == "failed"
-    ended = failing.facts().ended
-    assert ended is not None
-    assert [error.code for error in ended.errors] == ["server_error"]
+        desk.runner.of(batch, step)[-1].end(3)
+        desk.queue.look()
+
+
+def ended(batch: BatchFolder) -> Ended:
+    found = batch.facts().ended
+    assert found is not None
+    return found
 
 
 def test_a_new_queue_goes_on_with_what_is_open(desk: Desk) -> None:
@@ -232,7 +363,6 @@ async def _closed(desk: Desk) -> None:
 
 
 def test_an_endpoint_that_ends_stops_its_runs_and_starts_none(desk: Desk) -> None:
-    import asyncio
     import threading
 
     running, waiting = desk.create(), desk.create()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from openai.types import BatchRequestCounts
+from openai.types import BatchError, BatchRequestCounts
 
 from cluster.batch_files import FileShelf, new_file_id
 from cluster.batch_records import INPUT, RUN, BatchFolder, BatchRecords, Ended, new_batch
@@ -89,11 +89,28 @@ def test_a_batch_that_expired_before_its_run_began_has_an_error_for_every_reques
     assert FileShelf(tmp_path).find("alice", created.output_file_id) is None
 
 
+def test_a_batch_that_is_given_up_keeps_what_was_answered(local_ray: None, tmp_path: Path) -> None:
+    batch = make_batch(tmp_path, [chat_line(f"r{n}", f"question {n}", temperature=0) for n in range(150)])
+    batch.note_checked(150, [])
+    run_batch(batch)
+    parts = sorted((batch.path / RUN / "data").iterdir())
+    parts[1].unlink()
+    why = BatchError(code="server_error", message="another model")
+    batch.note_given_up([why])
+    answer(batch, "no cluster is asked for anything", "no fleet")
+    results = read(batch, batch.facts().created.output_file_id)
+    assert 0 < len(results) < 150
+    found = ended(batch)
+    assert (found.status, found.errors, found.has_output, found.has_error_file) == ("failed", [why], True, False)
+    assert found.counts == BatchRequestCounts(total=150, completed=len(results), failed=0)
+    assert not (batch.path / INPUT).exists()
+
+
 def test_a_cancelled_batch_tells_nothing_of_what_was_not_begun(tmp_path: Path) -> None:
     batch = make_batch(tmp_path, [chat_line("a")])
     batch.note_checked(1, [])
     batch.note_cancel()
-    answer(batch, "no cluster is asked for anything")
+    answer(batch, "no cluster is asked for anything", "no fleet")
     assert ended(batch).status == "cancelled"
     assert (ended(batch).has_output, ended(batch).has_error_file) == (False, False)
     assert FileShelf(tmp_path).listed("alice") == []
@@ -159,7 +176,7 @@ def test_a_batchs_process_does_not_outlive_the_one_that_started_it(tmp_path: Pat
 
 
 def command(batch: BatchFolder, parent: str) -> list[str]:
-    return [sys.executable, "-m", MODULE, "check", str(batch.path), "no cluster", parent]
+    return [sys.executable, "-m", MODULE, "check", str(batch.path), "no cluster", "no fleet", parent]
 
 
 def start_check(batch: BatchFolder, parent: int) -> subprocess.Popen[bytes]:
