@@ -340,7 +340,7 @@ def test_the_command_examines_a_cluster_with_its_nodes_and_a_spec(
     found = [Finding(**each) for each in report["findings"]]
     assert (code, report["exit_code"]) == (2, 2), said
     (never,) = of_level(found, "problem")
-    assert "L4-0 needs 2 GPUs of L4 on one node, which this cluster can never hold" in never
+    assert "L4-0 needs 1 GPU of L4 on each of 2 nodes, which this cluster can never hold" in never
     warnings = " / ".join(of_level(found, "warning"))
     assert "of 4 looked at will fail: 1 null_prompt" in warnings
     assert "no pool finds 4 GPUs labelled A100" in warnings

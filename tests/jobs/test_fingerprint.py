@@ -63,6 +63,7 @@ COUNTING = {
     "input.path": "b.parquet",
     "input.id": "key",
     "input.limit": "5",
+    "input.prefix": "draft_",
     "prompt.messages": "chat",
     "prompt.template": "'{{ other }}'",
     "prompt.system": "Be brief",

@@ -124,5 +124,5 @@ def test_more_tokens_than_the_model_was_made_for_are_refused(tmp_path: Path, row
 def test_an_output_that_is_no_folder_is_a_wrong_spec(tmp_path: Path, rows: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     job = make_job(rows, tmp_path / "file" / "out")
-    with pytest.raises(SpecError, match=r"file/out can't be read: .*; correct output.path"):
+    with pytest.raises(SpecError, match=r"file/out can't be used: .*; correct output.path or credentials"):
         preflight(job, RunOptions(), Store(job.spec.output.path))
