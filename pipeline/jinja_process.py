@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import jinja_child
 from pipeline.errors import RowError
-from pipeline.jinja_child import FAILED, HEADER, LENGTH, ChatDialect
+from pipeline.jinja_child import CLOCK_FACTOR, FAILED, HEADER, LENGTH, ChatDialect
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,12 +88,12 @@ class RenderProcess:
         """Yield one answer per row; raises RowError at the row that ends the child."""
         self._send(_ipc_bytes(table))
         for _ in range(table.num_rows):
-            yield self._frame(self._limits.timeout_s + _GRACE_S)
+            yield self._frame(CLOCK_FACTOR * self._limits.timeout_s + _GRACE_S)
 
     def render_chat(self, values: Mapping[str, Any]) -> list[str] | RowError:
         """Return one chat's texts, or why the templates refused it; raises RowError when it ends the child."""
         self._send(json.dumps(values).encode())
-        return self._frame(self._limits.timeout_s + _GRACE_S)
+        return self._frame(CLOCK_FACTOR * self._limits.timeout_s + _GRACE_S)
 
     def _send(self, message: bytes) -> None:
         assert self._process.stdin is not None  # noqa: S101  for the type checker
@@ -132,11 +132,13 @@ class RenderProcess:
 
     def _overtime(self) -> RowError:
         limit_s = self._limits.timeout_s
-        return RowError("template_timeout", f"the template ran longer than the {limit_s:g} s a row may take", STAGE)
+        return RowError(
+            "template_timeout", f"the template took more than the {limit_s:g} s of processor time a row may take", STAGE
+        )
 
     def _lost(self) -> RowError:
         code = self._process.wait()
-        if code == -signal.SIGALRM:
+        if code in (-signal.SIGPROF, -signal.SIGALRM):
             return self._overtime()
         # 1: Python gave up while reading the row. SIGKILL: the kernel's out-of-memory killer.
         if code in (1, -signal.SIGABRT, -signal.SIGKILL) and self._compiled:

@@ -7,6 +7,7 @@ import decimal
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -343,6 +344,22 @@ def test_a_stopped_child_is_replaced(renderers: list[GuardedRenderer], monkeypat
     first, second = renderers[0].render(pa.table({"x": [1, 2]}))
     assert isinstance(first, RowError)
     assert (first.kind, second) == ("template_timeout", ["2"])
+
+
+def test_time_in_which_a_template_gets_no_processor_is_not_its_own(renderers: list[GuardedRenderer]) -> None:
+    template = "{% for i in range(99) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ x }}"  # 0.3 s
+    renderers.append(GuardedRenderer([template], RenderLimits(timeout_s=2.0)))
+    pid = renderers[0]._child._process.pid  # type: ignore[union-attr]
+
+    def hold() -> None:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(3.0)  # longer than the template may take
+        os.kill(pid, signal.SIGCONT)
+
+    held = threading.Timer(0.1, hold)
+    held.start()
+    assert renderers[0].render(pa.table({"x": [1, 2]})) == [["1"], ["2"]]
+    held.join()
 
 
 def test_a_killed_child_is_replaced(renderers: list[GuardedRenderer]) -> None:
