@@ -6,6 +6,7 @@ the part that is there. Invariant: running it twice for one shard leaves one par
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -24,6 +25,9 @@ from pipeline.recount import kept_counters
 from pipeline.shards import Plan
 from pipeline.storage import Store
 
+RETRY_AFTER_S = (1.0, 2.0, 4.0)
+"""What is generated and paid for is put once more where the storage was away; longer, and the lease is lost anyway. A
+client of an object store tries by itself for about 8 s each time."""
 OVERLAID_BY = "overlaid_by"
 """Footer key of a part with rows that were done again: id of the sink that laid them over it."""
 
@@ -82,8 +86,15 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
 
     def _replace(self, part_name: str, rows: pa.Table, counters: RunCounters, extra: dict[str, str]) -> None:
         data = encode_part(rows, counters.to_json_bytes(), extra)
-        self._check_ownership()  # last of all: encoding takes seconds, in which somebody may take over
-        commit_part(self._store, part_name, data)
+        for wait_s in (*RETRY_AFTER_S, None):
+            try:
+                self._check_ownership()  # last of all: encoding takes seconds, in which somebody may take over
+                commit_part(self._store, part_name, data)
+                return
+            except (OSError, InfrastructureError) as error:
+                if wait_s is None or not _may_pass(error):
+                    raise
+                time.sleep(wait_s)
 
     def _check_ownership(self) -> None:
         """Refuse to commit for a driver that was taken for dead: its parts may be older than those of its successor."""
@@ -94,6 +105,13 @@ class PartSink(Datasink[None]):  # type: ignore[misc]  # Ray is untyped for mypy
             raise InfrastructureError(
                 f"{self._store.root} was taken over by {owner}; this run stops without touching it"
             )
+
+
+def _may_pass(error: OSError | InfrastructureError) -> bool:
+    """Whether the storage was away, rather than full, forbidden, or somebody else's."""
+    return isinstance(error, ConnectionError | TimeoutError) or isinstance(
+        error.__cause__, ConnectionError | TimeoutError
+    )
 
 
 def overlay(

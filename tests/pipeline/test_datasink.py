@@ -13,6 +13,7 @@ import pytest
 from pipeline.counters import RunCounters, SampleFacts
 from pipeline.datasink import OVERLAID_BY, PartSink
 from pipeline.engine import MoeShape
+from pipeline.errors import InfrastructureError
 from pipeline.generate import attach_counters
 from pipeline.inputs import InputFile
 from pipeline.monitor import start_monitor
@@ -147,3 +148,26 @@ def test_an_answer_is_never_replaced_by_a_failure_that_may_pass(local: Store, ne
     assert local.read(part_path(PART)) == before
     new_sink(("truncated",)).write([block({1: "ok", 3: "ok"}, seed=9)], None)
     assert statuses_in(local) == ["ok"] * NUM_ROWS
+
+
+def test_a_part_is_put_again_where_the_storage_was_away_and_not_where_it_refuses(
+    local: Store, new_sink: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.datasink.RETRY_AFTER_S", (0.01, 0.01))
+    errors: list[OSError] = []
+    put = Store.put
+
+    def failing(store: Store, name: str, data: bytes) -> None:
+        if errors and name == part_path(PART):
+            raise errors.pop()
+        put(store, name, data)
+
+    monkeypatch.setattr(Store, "put", failing)
+    errors += [ConnectionError("away"), ConnectionError("away")]
+    first_pass(new_sink)
+    assert statuses_in(local).count("failed") == 3
+    for error, attempts in ((OSError(28, "No space left on device"), 1), (ConnectionError("away"), 3)):
+        errors[:] = [error] * attempts
+        with pytest.raises(InfrastructureError, match="could not be written"):
+            first_pass(new_sink)
+        assert not errors
