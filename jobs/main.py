@@ -47,7 +47,18 @@ def _exit_code(command: Callable[[], object]) -> int:
         return 130
     except Exception as error:  # noqa: BLE001
         # The last boundary: Python's own exit code 1 would read as "done, with too many failed rows".
-        traceback.print_exc()
-        print(f"error: unexpected {type(error).__name__}; committed rows are safe; rerun", file=sys.stderr)
-        return 3
+        return _unexpected(error)
     return 0
+
+
+def _unexpected(error: Exception) -> int:
+    """Say what a command met that it has no words for, and return the exit code; runs explain storage themselves."""
+    if isinstance(error, PermissionError):
+        print(f"error: {error}; correct the path or the credentials", file=sys.stderr)
+        return 2
+    if isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError):
+        print(f"error: {error}; see that the storage is there, then rerun", file=sys.stderr)
+        return 3
+    traceback.print_exception(error)
+    print(f"error: unexpected {type(error).__name__}; committed rows are safe; rerun", file=sys.stderr)
+    return 3
