@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from jobs.cli_cluster import add_cluster_commands
-from jobs.cli_diff import add_diff_command
+from jobs.cli_compare import add_compare_commands
 from jobs.cli_export import add_export_command
 from jobs.cli_schedule import add_schedule_commands
 from jobs.cli_serve import add_serve_commands
 from jobs.cli_submit import add_submit_commands, print_job_status
+from jobs.cli_words import AsJson, Output, Overrides, SpecPath, print_json, say
 
 app = typer.Typer(
     name="tramontane",
@@ -26,16 +25,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-SpecPath = Annotated[Path, typer.Argument(help="The job's YAML file.", metavar="SPEC")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a field, e.g. sampling.temperature=0", metavar="FIELD=VALUE"),
-]
-Output = Annotated[str, typer.Argument(help="A run's output directory or URL, or its spec.", metavar="OUTPUT")]
 OfCluster = Annotated[
     str | None, typer.Option("--address", help="The job OUTPUT of that cluster, by its id or spec.", metavar="URL")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 RayAddress = Annotated[
     str | None,
     typer.Option("--ray", envvar="RAY_ADDRESS", help="Ray cluster to work in; else one of its own.", metavar="ADDRESS"),
@@ -63,14 +55,6 @@ def program(
     """
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory for prompts, spec and results.", metavar="DIRECTORY")] = Path(
@@ -85,9 +69,9 @@ def demo(
     """
     from jobs.demo import demo_tables, run_demo
 
-    summary = run_demo(output, rows=rows, say=_say)
+    summary = run_demo(output, rows=rows, say=say)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     elif summary["exit_code"] == 0:
         print("\n".join(demo_tables(output)))
     raise typer.Exit(summary["exit_code"])
@@ -115,7 +99,7 @@ def init(
     shown = shlex.quote(str(path))
     first = "edit it" if example is None else "read it"
     written = " and ".join(str(file) for file in files)
-    _say(f"wrote {written}; next: {first}, then `tramontane validate {shown}` and `tramontane run {shown}`")
+    say(f"wrote {written}; next: {first}, then `tramontane validate {shown}` and `tramontane run {shown}`")
 
 
 @app.command()
@@ -128,7 +112,7 @@ def validate(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = Fals
 
     job = load_spec(spec, overrides or [])
     if as_json:
-        _print_json(job.model_dump(mode="json"))
+        print_json(job.model_dump(mode="json"))
     else:
         print(f"{spec}: valid")
 
@@ -158,7 +142,7 @@ def plan(
     machines = machines_of(loaded, assume or [], ray)
     report = estimate(prepare(loaded, weights=False), sample_rows=sample, machines=machines)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         print("\n".join(estimate_lines(report)))
 
@@ -179,9 +163,9 @@ def preview(
     from jobs.preview import preview_lines, run_preview
     from jobs.spec import load_spec
 
-    report = run_preview(prepare(load_spec(spec, overrides or [])), num_rows=rows, say=_say, ray=ray)
+    report = run_preview(prepare(load_spec(spec, overrides or [])), num_rows=rows, say=say, ray=ray)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         print("\n".join(preview_lines(report)))
     raise typer.Exit(report["exit_code"])
@@ -262,48 +246,9 @@ def status(
         return
     report = read_status(output)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         print("\n".join(status_lines(report)))
-
-
-@app.command()
-def drift(a: Output, b: Output, as_json: AsJson = False) -> None:
-    """Compare which experts two outputs used, layer by layer.
-
-    Example: tramontane drift out/monday out/tuesday
-    """
-    from jobs.drift import drift_lines, read_drift
-
-    report = read_drift(a, b)
-    if as_json:
-        _print_json(report)
-    else:
-        print("\n".join(drift_lines(report)))
-
-
-@app.command()
-def calibrate(
-    output: Output,
-    gold: Annotated[str, typer.Option(help="Column of the output with each row's true label.", metavar="COLUMN")],
-    plot: Annotated[
-        Path | None, typer.Option(help="Also write the reliability diagram there, as SVG.", metavar="FILE")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare labels with true ones, and fit the temperature.
-
-    Example: tramontane calibrate out/labels --gold true_label
-    """
-    from jobs.calibrate import calibration_lines, read_calibration, reliability_svg, write_plot
-
-    report = read_calibration(output, gold)
-    if plot is not None:
-        write_plot(plot, reliability_svg(report))
-    if as_json:
-        _print_json(report)
-    else:
-        print("\n".join(calibration_lines(report)))
 
 
 @app.command()
@@ -314,11 +259,11 @@ def schema() -> None:
     """
     from jobs.spec import spec_json_schema
 
-    _print_json(spec_json_schema())
+    print_json(spec_json_schema())
 
 
 add_cluster_commands(app)
-add_diff_command(app)
+add_compare_commands(app)
 add_export_command(app)
 add_submit_commands(app)
 add_serve_commands(app)
@@ -338,16 +283,16 @@ def _run(spec: Path, overrides: list[str] | None, options: Any, *, as_json: bool
 
     def close(job: Any, summary: Any) -> None:
         for line in closing_lines(job, summary, spec_words=[str(spec), *settings], began=began):
-            _say(line)
+            say(line)
 
     loaded = load_spec(spec, overrides or [])
-    if (summary := run_if_incremental(loaded, options, say=_say, finished=close)) is None:
+    if (summary := run_if_incremental(loaded, options, say=say, finished=close)) is None:
         job = prepare(loaded)
         for line in id_warnings(job):
-            _say(line)
+            say(line)
         run_whole = run_job if job.spec.synthesize is None else run_synthesis
-        summary = run_whole(job, options, say=_say)
+        summary = run_whole(job, options, say=say)
         close(job, summary)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     raise typer.Exit(summary["exit_code"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+from jobs.cli_words import AsJson, print_json, say
+
 FleetName = Annotated[str, typer.Argument(help="A warm fleet's name.", metavar="NAME")]
 RayAddress = Annotated[
     str | None, typer.Option("--ray", envvar="RAY_ADDRESS", help="Ray cluster that has it.", metavar="ADDRESS")
@@ -34,9 +33,12 @@ def up(fleet: FleetPath, ray: RayAddress = None, as_json: AsJson = False) -> Non
     from jobs.fleets import up as start
 
     file = load_fleet_file(fleet)
-    status = start(file, ray, say=lambda line: print(line, file=sys.stderr))
-    print(json.dumps(status, indent=1) if as_json else "\n".join(fleet_lines(status)))
-    print(f"use it with `fleet: {{attach: {file.name}}}`; end it with `tramontane down {file.name}`", file=sys.stderr)
+    status = start(file, ray, say=say)
+    if as_json:
+        print_json(status)
+    else:
+        print("\n".join(fleet_lines(status)))
+    say(f"use it with `fleet: {{attach: {file.name}}}`; end it with `tramontane down {file.name}`")
 
 
 def down(name: FleetName, ray: RayAddress = None) -> None:
@@ -57,7 +59,10 @@ def fleet(name: FleetName, ray: RayAddress = None, as_json: AsJson = False) -> N
     from jobs.fleets import fleet_lines, fleet_status
 
     status = fleet_status(name, ray)
-    print(json.dumps(status, indent=1) if as_json else "\n".join(fleet_lines(status)))
+    if as_json:
+        print_json(status)
+    else:
+        print("\n".join(fleet_lines(status)))
 
 
 def manifest(
@@ -80,7 +85,7 @@ def manifest(
     if output is None:
         print(text, end="")
     else:
-        print(f"wrote {output}; its first lines say how to use it", file=sys.stderr)
+        say(f"wrote {output}; its first lines say how to use it")
 
 
 def doctor(
@@ -100,7 +105,10 @@ def doctor(
     from jobs.doctor import examine, report
     from jobs.findings import finding_lines
 
-    findings = examine(spec, ray, say=lambda line: print(line, file=sys.stderr))
+    findings = examine(spec, ray, say=say)
     result = report(findings)
-    print(json.dumps(result, indent=1, ensure_ascii=False) if as_json else "\n".join(finding_lines(findings)))
+    if as_json:
+        print_json(result)
+    else:
+        print("\n".join(finding_lines(findings)))
     raise typer.Exit(result["exit_code"])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated
 
 import typer
 
-Output = Annotated[str, typer.Argument(help="A run's output directory or URL, or its spec.", metavar="OUTPUT")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+from jobs.cli_words import AsJson, Output, print_json
 
 
 def add_export_command(app: typer.Typer) -> None:
@@ -31,6 +28,6 @@ def export(
 
     report = export_batch(output, openai_batch, is_partial=partial)
     if as_json:
-        print(json.dumps(report, indent=1))
+        print_json(report)
     else:
-        print("\n".join(export_lines(report)), file=sys.stdout)
+        print("\n".join(export_lines(report)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from jobs.cli_words import Overrides, SpecPath, say
 
 Timezone = Annotated[str, typer.Option("--timezone", help="Of the times, an IANA name.", metavar="ZONE")]
 
@@ -20,16 +21,13 @@ def add_schedule_commands(app: typer.Typer) -> None:
 
 
 def schedule(
-    spec: Annotated[Path, typer.Argument(help="The job's YAML file.", metavar="SPEC")],
+    spec: SpecPath,
     cron: Annotated[str, typer.Option("--cron", help="Minute, hour, day, month, weekday.", metavar="CRON")],
     on: Annotated[
         str, typer.Option("--on", help="kubernetes, crontab, systemd, airflow or dagster.", metavar="SCHEDULER")
     ],
     timezone: Timezone = "Etc/UTC",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a field, e.g. sampling.temperature=0", metavar="FIELD=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     address: Annotated[
         str | None, typer.Option("--address", help="Submit to that cluster, instead of running.", metavar="URL")
     ] = None,
@@ -57,10 +55,10 @@ def schedule(
     wish = Wish(spec, parsed, on, overrides or (), address, env or (), fleet, raycronjob)
     files = schedule_files(wish)
     for line in schedule_notes(parsed, datetime.now(UTC)):
-        print(line, file=sys.stderr)
+        say(line)
     if output is not None:
         for path in write_files(files, output):
-            print(f"wrote {path}; its first lines say how to use it", file=sys.stderr)
+            say(f"wrote {path}; its first lines say how to use it")
     else:
         print("\n".join(files.values()), end="")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from jobs.cli_words import say
 
 _FLEET = "A warm fleet's name, or a fleet's YAML file."
 
@@ -44,7 +45,7 @@ def serve(
 
     changes = {"host": host, "port": port, "keys": keys, "batches": batches}
     changes |= {"requests_per_minute": requests_per_minute}
-    start(plan_endpoint(fleet, ray, **changes), say=lambda line: print(line, file=sys.stderr, flush=True))
+    start(plan_endpoint(fleet, ray, **changes), say=say)
 
 
 def key(
@@ -58,4 +59,4 @@ def key(
     from cluster.serve_keys import add_key
 
     print(add_key(keys, name))
-    print(f"its hash is in {keys}; the key can't be shown again", file=sys.stderr)
+    say(f"its hash is in {keys}; the key can't be shown again")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-SpecPath = Annotated[Path, typer.Argument(help="The job's YAML file.", metavar="SPEC")]
+from jobs.cli_words import AsJson, Overrides, SpecPath, print_json, say
+
 JobWord = Annotated[str, typer.Argument(help="A job's id on the cluster, or its spec.", metavar="JOB")]
 Address = Annotated[
     str,
@@ -33,10 +31,7 @@ def add_submit_commands(app: typer.Typer) -> None:
 def submit(
     spec: SpecPath,
     address: Address,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a field, e.g. sampling.temperature=0", metavar="FIELD=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     env: Annotated[
         list[str] | None,
         typer.Option("--env", help="NAME=value, or NAME='${env:NAME}' of the cluster.", metavar="NAME=VALUE"),
@@ -78,15 +73,15 @@ def submit(
         attach=attach,
     )
     job = start(jobs, submission)
-    _say(f"{job.id} is {job.state} at {jobs.address}; its output is {job.output}")
+    say(f"{job.id} is {job.state} at {jobs.address}; its output is {job.output}")
     exit_code = 0
     if detach:
-        _say(f"follow it: tramontane logs {job.id} -f --address {jobs.address}")
+        say(f"follow it: tramontane logs {job.id} -f --address {jobs.address}")
     else:
-        ended, exit_code = follow_to_the_end(jobs, job.id, write=_write_log, say=_say)
+        ended, exit_code = follow_to_the_end(jobs, job.id, write=_write_log, say=say)
         job = ended or job
     if as_json:
-        print(json.dumps(job_as_data(job), indent=1))
+        print_json(job_as_data(job))
     raise typer.Exit(exit_code)
 
 
@@ -105,7 +100,7 @@ def logs(
     jobs = JobsApi(address)
     job_id = find(jobs, job).id
     if follow:
-        raise typer.Exit(follow_to_the_end(jobs, job_id, write=_write, say=_say)[1])
+        raise typer.Exit(follow_to_the_end(jobs, job_id, write=_write, say=say)[1])
     _write(jobs.logs(job_id))
 
 
@@ -119,8 +114,8 @@ def stop(job: JobWord, address: Address) -> None:
     from jobs.submit import stop as end
 
     jobs = JobsApi(address)
-    for line in ending_lines(end(jobs, find(jobs, job), say=_say)):
-        _say(line)
+    for line in ending_lines(end(jobs, find(jobs, job), say=say)):
+        say(line)
 
 
 def list_jobs(
@@ -136,7 +131,10 @@ def list_jobs(
     from jobs.submit import job_as_data, job_lines
 
     found = [job for job in JobsApi(address).jobs().values() if everything or job.name is not None]
-    print(json.dumps([job_as_data(job) for job in found], indent=1) if as_json else "\n".join(job_lines(found)))
+    if as_json:
+        print_json([job_as_data(job) for job in found])
+    else:
+        print("\n".join(job_lines(found)))
 
 
 def print_job_status(word: str, address: str, *, as_json: bool) -> None:
@@ -147,7 +145,7 @@ def print_job_status(word: str, address: str, *, as_json: bool) -> None:
     job = find(JobsApi(address), word)
     report, lines = output_status(job)
     if as_json:
-        print(json.dumps({**job_as_data(job), "run": report}, indent=1))
+        print_json({**job_as_data(job), "run": report})
     else:
         print("\n".join([*job_lines([job]), *lines]))
 
@@ -160,7 +158,3 @@ def _write(text: str) -> None:
 def _write_log(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -94,44 +94,33 @@ def prepare(spec: JobSpec, *, weights: bool = True, source: Source | None = None
         InfrastructureError: storage or hub can't be reached.
     """
     source = source or source_of(spec)
-    files = list(source.files)
     needed = needed_columns(spec.prompt, spec.sampling) | _named_columns(spec)
     needed -= set(spec.synthesize.samplers) if spec.synthesize else set()
-    read_schema = user_schema(files, required=sorted(needed), carried=spec.output.keep)
-    samplers = samplers_of(spec, common_folder([file.path for file in files]), read_schema.names)
-    model = fetch_model(spec.model, weights=False)
-    # Before gigabytes are fetched for GPUs that can't hold them.
-    check_context_length(spec, model)
-    refuse_impossible(spec.fleet, spec.model, model.path)
-    if weights:
-        model = fetch_model(spec.model)
+    read_schema = user_schema(list(source.files), required=sorted(needed), carried=spec.output.keep)
+    samplers = samplers_of(spec, common_folder([file.path for file in source.files]), read_schema.names)
+    model = _fitting_model(spec, weights=weights)
     choices = label_choices(spec, model)
     if choices is not None:
         room = spec.sampling.model_copy(update={"max_tokens": max(map(len, choices.choices))})
         spec = spec.model_copy(update={"sampling": room})
     off = routing_off_reason(spec, model)
     moe = None if off else model.moe
-    routing = routing_type(moe, tokens=spec.routing.level == "tokens") if moe else None
     plan = make_plan(
-        files,
+        list(source.files),
         replicas=num_replicas(spec),
         limit=spec.input.limit,
         samples=spec.sampling.n,
         result_bytes=result_bytes(spec, moe),
         picks=source.picks,
     )
-    rule = label_rule(spec)
     identity = {file.path: [file.size, file.version] for file in plan.files} | personas_identity(spec, samplers)
     kept = [*_kept(read_schema, spec), *(samplers.fields if samplers else ())]
-    if spec.synthesize is not None:
-        refuse_taken_names(field.name for field in kept)
-        refuse_what_records_lack(spec.synthesize, [field.name for field in kept])
     return PreparedJob(
         spec=spec,
         model=model,
         plan=plan,
         read_schema=read_schema,
-        output_schema=output_schema(kept, routing, extra=rule.fields() if rule else ()),
+        output_schema=_rows_schema(spec, moe, kept),
         template=TemplateSettings(
             prompt=spec.prompt,
             sampling=spec.sampling,
@@ -144,6 +133,23 @@ def prepare(spec: JobSpec, *, weights: bool = True, source: Source | None = None
         routing_off_because=off,
         choices=choices,
     )
+
+
+def _fitting_model(spec: JobSpec, *, weights: bool) -> ModelFiles:
+    model = fetch_model(spec.model, weights=False)
+    # Before gigabytes are fetched for GPUs that can't hold them.
+    check_context_length(spec, model)
+    refuse_impossible(spec.fleet, spec.model, model.path)
+    return fetch_model(spec.model) if weights else model
+
+
+def _rows_schema(spec: JobSpec, moe: MoeShape | None, kept: list[pa.Field]) -> pa.Schema:
+    if spec.synthesize is not None:
+        refuse_taken_names(field.name for field in kept)
+        refuse_what_records_lack(spec.synthesize, [field.name for field in kept])
+    routing = routing_type(moe, tokens=spec.routing.level == "tokens") if moe else None
+    rule = label_rule(spec)
+    return output_schema(kept, routing, extra=rule.fields() if rule else ())
 
 
 def label_choices(spec: JobSpec, model: ModelFiles) -> ChoiceTree | None:

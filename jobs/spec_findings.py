@@ -15,7 +15,8 @@ from jobs.prepare import prepare, routing_off_reason
 from jobs.storage_findings import input_finding, output_finding
 from pipeline.engine import MoeShape
 from pipeline.errors import RunError, SpecError
-from pipeline.model import TINY, ModelFiles, cache_directory, fetch_model, read_config
+from pipeline.model import ModelFiles, cache_directory, fetch_model, read_config
+from pipeline.settings import TINY
 from pipeline.storage import split_url
 
 SAMPLE_ROWS = 64

@@ -22,6 +22,8 @@ from jobs.spec_templates import check_template
 from jobs.yaml_source import FieldPath, Problem
 from pipeline.engine_arguments import known_arguments, likely_name
 from pipeline.settings import (
+    RANDOM,
+    TINY,
     InputSettings,
     LabelSettings,
     ModelSettings,
@@ -168,7 +170,7 @@ def _check_sampling(sections: Sections) -> Iterator[Problem]:
 def _check_model(model: ModelSettings | None) -> Iterator[Problem]:
     if model is None or model.revision is None:
         return
-    comes_along = model.source in ("tiny", "random")
+    comes_along = model.source in (TINY, RANDOM)
     if comes_along or "://" in model.source or model.source.startswith(("/", ".", "~")):
         message = f"`model.revision` is {model.revision}, but `{model.source}` has no revisions"
         yield Problem(("model", "revision"), message, hint="leave it out; only a Hugging Face id has revisions")

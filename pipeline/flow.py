@@ -74,20 +74,8 @@ def run_flow(
     """
     configure_ray_data()
     shard_rows = [len(rows[index]) if rows is not None else flow.plan.shard(index).num_rows for index in shards]
-    here, readers = {"label_selector": this_node()}, min(num_readers(), len(shards))
-    # Reading and templating share a process, and the model's tokenizer and local inputs are on the driver's node.
-    dataset = read_plan(flow.plan, flow.user_schema, shards=shards, rows=rows, task_options=here, num_readers=readers)
-    dataset = dataset.map_batches(
-        template_shard,
-        fn_args=(flow.template,),
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=ray.data.TaskPoolStrategy(readers),
-        **TASK_OPTIONS,
-        **here,
-    )
-    dataset = dataset.map_batches(
+    here = {"label_selector": this_node()}
+    dataset = _templated(flow, shards, rows, here).map_batches(
         GenerateStage,
         fn_constructor_args=(fleet, monitor, flow.generate),
         batch_size=None,
@@ -108,6 +96,24 @@ def run_flow(
     with _deaths_explained():
         # A local output is a folder of the driver's node.
         dataset.write_datasink(sink, ray_remote_args=TASK_OPTIONS | (here if flow.store.is_local else {}))
+
+
+def _templated(
+    flow: Flow, shards: Sequence[int], rows: Mapping[int, Sequence[int]] | None, here: Mapping[str, Any]
+) -> ray.data.Dataset:
+    """Reading and templating share a process, and the model's tokenizer and local inputs are on the driver's node."""
+    readers = min(num_readers(), len(shards))
+    dataset = read_plan(flow.plan, flow.user_schema, shards=shards, rows=rows, task_options=here, num_readers=readers)
+    return dataset.map_batches(
+        template_shard,
+        fn_args=(flow.template,),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.TaskPoolStrategy(readers),
+        **TASK_OPTIONS,
+        **here,
+    )
 
 
 def give_up_flows(error: InfrastructureError) -> None:

@@ -15,13 +15,11 @@ from typing import Any
 
 from pipeline.engine import MoeShape
 from pipeline.errors import InfrastructureError, SpecError
-from pipeline.settings import ModelSettings
+from pipeline.settings import RANDOM, TINY, ModelSettings
 from pipeline.storage import filesystem, split_url
 
 # Files worth fetching. Pickled weights (*.bin, *.pt, *.pth) are not among them.
 WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*")
-TINY, RANDOM = "tiny", "random"
-"""Models that come with the program."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.json_schemas import check_json_schema
 
+TINY, RANDOM = "tiny", "random"
+"""Sources of models that come with the program."""
+
 
 class Settings(BaseModel):
     """Frozen, and strict about unknown fields: a misspelt key is an error, never ignored."""
