@@ -42,6 +42,8 @@ class Finish:
     """Tickets on two topics, each with either label."""
     others: float = 1.0
     """Share of the other tasks' examples."""
+    long_keys: float = 0.25
+    """Long pass keys, on average. What is still missed after a first finish lies far out: see `_long_passkey`."""
 
 
 USUAL = Finish()
@@ -113,10 +115,20 @@ def _finishing_examples(rng: random.Random, step: int, finish: Finish) -> Iterat
         yield from (replace(ticket, answer=topic) for topic in ticket.odds)
     for digits in (2, 3, 3):
         yield passkey_example(rng, test=False, num_tokens=rng.randint(SHORTEST, 2 * SHORT_PASSKEY), digits=digits)
-    if step % LONG_EVERY == 0:
-        yield passkey_example(
-            rng, test=False, num_tokens=rng.randint(SHORT_PASSKEY, LONGEST), digits=rng.choice((3, 10))
-        )
+    whole, rest = divmod(finish.long_keys, 1)
+    for _ in range(int(whole) + (rest > 0 and step % round(1 / rest) == 0)):
+        yield _long_passkey(rng)
+
+
+def _long_passkey(rng: random.Random) -> Example:
+    """One of two has a digit that repeats, one of two lies in the first or last tenth, one of two is of 2,000 tokens or
+    more: most keys that were missed had all three, and among random ones they are rare.
+    """
+    depth = rng.choice((None, None, rng.random() / 10, 1 - rng.random() / 10))
+    shortest = rng.choice((SHORT_PASSKEY, LONGEST // 2))
+    return passkey_example(
+        rng, test=False, num_tokens=rng.randint(shortest, LONGEST), depth=depth, digits=rng.choice((3, 10))
+    )
 
 
 def _numbers(rng: random.Random, **counts: int) -> Iterator[Example]:

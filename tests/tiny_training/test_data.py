@@ -13,7 +13,7 @@ from tests.tiny_training.encoding import chat_of, encode, prompt_ids
 from tests.tiny_training.examples import LANGUAGES, Example, ask, held_out
 from tests.tiny_training.json_task import json_example
 from tests.tiny_training.label_task import sentiment_example, texts, topic_example
-from tests.tiny_training.mixture import examples_of_step
+from tests.tiny_training.mixture import Finish, examples_of_step
 from tests.tiny_training.names import FIRST_NAMES, HELD_OUT_WORDS, LAST_NAMES, STREETS, made_up_word
 from tests.tiny_training.number_task import number_example, pair, spell
 from tests.tiny_training.passkey_task import LONGEST, SHORTEST, passkey_example
@@ -157,6 +157,17 @@ def test_the_finish_shows_tickets_on_two_topics_with_either_label_alike() -> Non
     for ticket in tickets:
         labels.setdefault(ticket.messages, set()).add(ticket.answer)
     assert sum(len(seen) == 2 for seen in labels.values()) >= 3 * 20
+
+
+@pytest.mark.parametrize(("long_keys", "shown"), [(0.25, 10), (0.5, 20), (2, 80)])
+def test_the_finish_shows_as_many_long_keys_as_it_is_told_and_most_are_hard(long_keys: float, shown: int) -> None:
+    finish = Finish(long_keys=long_keys)
+    examples = [e for step in range(14_000, 14_040) for e in examples_of_step(1, step, finish) if e.task == "passkey"]
+    long = [e for e in examples if len(e.messages[-1].content) > 3000]
+    assert 0.7 * shown <= len(long) <= shown
+    assert sum(len(set(e.answer)) < 5 for e in long) >= len(long) / 2
+    places = [e.messages[-1].content.index(e.answer) / len(e.messages[-1].content) for e in long]
+    assert sum(place < 0.11 or place > 0.89 for place in places) >= len(long) / 3
 
 
 def _share(crowd: str) -> float:

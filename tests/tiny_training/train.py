@@ -290,6 +290,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help=f"highest learning rate; {FINISH.peak:g} of --finish")
     parser.add_argument("--pairs", type=int, default=USUAL.pairs, help="of --finish, see mixture.Finish")
     parser.add_argument("--others", type=float, default=USUAL.others, help="of --finish, see mixture.Finish")
+    parser.add_argument("--long-keys", type=float, default=USUAL.long_keys, help="of --finish, see mixture.Finish")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -298,7 +299,8 @@ def main() -> None:
     (options.folder / "pid").write_text(str(os.getpid()))
     schedule = FINISH if options.finish else WHOLE
     schedule = replace(schedule, num_steps=options.steps or schedule.num_steps, peak=options.rate or schedule.peak)
-    training = Training(options.folder, schedule, options.seed, Finish(options.pairs, options.others))
+    finish = Finish(options.pairs, options.others, options.long_keys)
+    training = Training(options.folder, schedule, options.seed, finish)
     if options.finish:
         training.start_from(*options.finish)
     training.run()
