@@ -20,6 +20,7 @@ from cluster.serve_keys import add_key
 from tests.driver_processes import processes_below, wait_until
 from tests.endpoints import Served, get, served
 from tests.jobs.test_openai_export import parse
+from tests.made_up_requests import ask_for_anything
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import TINY_MOE
 
@@ -251,6 +252,12 @@ def test_the_openapi_document_has_files_and_batches(client: openai.OpenAI, endpo
     asked = document["components"]["schemas"]["BatchRequest"]["properties"]
     assert asked.keys() == {"completion_window", "input_file_id", "endpoint", "metadata"}
     assert {"/v1/files/{file_id}/content", "/v1/batches/{batch_id}/cancel"} <= document["paths"].keys()
+
+
+def test_requests_that_are_made_up_are_answered_as_the_document_says(client: openai.OpenAI, endpoint: Served) -> None:
+    seen = ask_for_anything(endpoint, 100, key=client.api_key)
+    assert len({(method, path) for method, path, _ in seen}) >= 10
+    assert any(status == 200 for _, path, status in seen if path == CHAT)
 
 
 @pytest.mark.long

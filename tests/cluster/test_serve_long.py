@@ -1,4 +1,4 @@
-"""Ten thousand hostile requests, and two hundred clients that hang up at once."""
+"""Two thousand requests that a machine made up, ten thousand hostile ones, and two hundred clients that hang up."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from tests.driver_processes import wait_until
 from tests.endpoints import HOSTILE, Served, served
+from tests.made_up_requests import ask_for_anything
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import TINY_MOE, token_of
 
@@ -21,9 +22,10 @@ BODY = b'{"model":"mixtral","messages":[{"role":"user","content":"hello"}]}'
 
 
 @pytest.fixture(scope="module")
-def endpoint(_ray_session: None) -> Iterator[Served]:
+def endpoint(_ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    batches = str(tmp_path_factory.mktemp("batches"))
     config = ScriptedConfig(max_num_seqs=64, step_delay_s=0.02, moe=TINY_MOE, faults={token_of("endless"): "never"})
-    with served("mixtral", config, moe=TINY_MOE, max_body_bytes=65536, body_timeout_s=2.0) as running:
+    with served("mixtral", config, moe=TINY_MOE, max_body_bytes=65536, body_timeout_s=2.0, batches=batches) as running:
         yield running
 
 
@@ -51,6 +53,14 @@ def attack(endpoint: Served, http: httpx.Client, number: int) -> int:
             return 0
         line = connection.recv(4096).split(b" ")
         return int(line[1]) if len(line) > 1 else 0
+
+
+@pytest.mark.long
+def test_two_thousand_requests_that_are_made_up_are_answered_as_the_document_says(endpoint: Served) -> None:
+    seen = ask_for_anything(endpoint, 2000)
+    print(*sorted(seen.items()), sep="\n")
+    assert seen.total() >= 2000
+    assert not any(status >= 500 for _, _, status in seen)
 
 
 @pytest.mark.long
