@@ -1,7 +1,6 @@
-"""Does an execution's work: Ray, the engines, and the flow under supervision.
+"""Does an execution's work: the flow under supervision, on live engines.
 
-Knows what is to be done and with what, not why. Invariant: whatever is started here has ended when its block ends, but
-for a fleet that was live before.
+Knows what is to be done and with what, not why.
 """
 
 from __future__ import annotations
@@ -9,25 +8,20 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cluster.capacity import beside_the_stages, check_capacity, most_replicas
-from cluster.fleet import start_fleet, stop_fleet
-from cluster.fleet_plan import FleetDemand
-from cluster.nodes import can_grow, read_nodes
+from cluster.capacity import most_replicas
+from cluster.nodes import read_nodes
 from cluster.pools import PoolPlan
-from cluster.warm import Attachment
+from jobs.engines import KeptEngines
 from jobs.interrupts import Interrupts
 from jobs.prepare import PreparedJob, label_rule
 from jobs.progress import ProgressDisplay
-from jobs.ray_session import ray_session
 from jobs.summary import Execution
 from jobs.supervise import Supervisor
 from jobs.work import Work
 from pipeline.counters import RowTotals
-from pipeline.errors import SpecError
 from pipeline.flights import WINDOW_FACTOR
 from pipeline.flow import Flow, run_flow
 from pipeline.generate import GenerateSettings
@@ -42,74 +36,10 @@ PRIORITIES = {"high": -10, "normal": 0, "low": 10}
 """Of a run's requests, as the engine counts: lower first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Engines:
-    """What generates."""
-
-    pools: list[PoolPlan]
-    """What is started for the run, or what `fleet` was started with; empty until the nodes are known."""
-    demand: FleetDemand | None = None
-    """What `pools` are worked out from once they are."""
-    fleet: Any = None
-    """A live fleet, left running."""
-    warm: Attachment | None = None
-    """A warm fleet to look up on the cluster, instead of pools."""
-    address: str | None = None
-    """Of the Ray cluster to work in; None for a Ray of the run's own on this machine."""
-
-
 def window_of(pools: Sequence[PoolPlan]) -> int:
     """Unfinished rows that these pools together can hold at their most; inside Ray."""
     nodes = read_nodes()
     return WINDOW_FACTOR * sum(most_replicas(pool, nodes) * pool.max_num_seqs for pool in pools)
-
-
-@contextlib.contextmanager
-def ray_for(
-    engines: Engines, interrupts: Interrupts, *, say: Callable[[str], None] = lambda _: None
-) -> Iterator[Engines]:
-    """Run the block in a Ray that can hold the engines, worked out for its nodes; one that is there is used and left.
-
-    Raises:
-        SpecError: it never can.
-    """
-    replica_cpus = sum(pool.num_replicas * pool.shape.num_cpus * pool.shape.num_bundles for pool in engines.pools)
-    replica_cpus += engines.demand.replica_cpus if engines.demand else 0
-    with ray_session(engines.address, replica_cpus=replica_cpus):
-        interrupts.install()  # `ray.init` has put a SIGTERM handler of its own in place
-        check_driver_node()
-        if engines.warm is not None:
-            engines.warm.find()
-        elif engines.fleet is None:
-            engines = _for_these_nodes(engines, say)
-        yield engines
-
-
-def _for_these_nodes(engines: Engines, say: Callable[[str], None]) -> Engines:
-    import ray
-
-    nodes, grows = read_nodes(), can_grow()
-    if engines.demand is not None:
-        pools, notes = engines.demand.plans(nodes, grows=grows)
-        engines = replace(engines, pools=pools, demand=None)
-        for note in notes:
-            say(note)
-    if not grows:
-        check_capacity(engines.pools, beside_the_stages(nodes, ray.get_runtime_context().get_node_id()))
-    return engines
-
-
-def check_driver_node() -> None:
-    """Raise SpecError when reading, templating and writing, which run beside the driver, would wait for ever."""
-    import ray
-
-    here = ray.get_runtime_context().get_node_id()
-    node = next(node for node in read_nodes() if node.node_id == here)
-    if node.total.get("CPU", 0) < 1:
-        raise SpecError(
-            f"the driver's node {node.address} offers Ray no CPU (num-cpus 0), but rows are read and templated on it; "
-            "start the driver on a node with CPUs (`tramontane submit --driver-cpus 1`), or give the head some"
-        )
 
 
 def execute_work(
@@ -118,13 +48,13 @@ def execute_work(
     store: Store,
     execution: Execution,
     before: RowTotals,
-    engines: Engines,
+    engines: KeptEngines,
     interrupts: Interrupts,
     *,
     lease: Lease | None = None,
     quiet: bool = False,
 ) -> tuple[str, int]:
-    """Do the work, inside `ray_for`; fills in `execution`, returns the status and exit code.
+    """Do the work, with engines that are found; fills in `execution`, returns the status and exit code.
 
     With a lease, work ends as soon as the output turns out to be somebody else's.
 
@@ -134,8 +64,8 @@ def execute_work(
     with (
         ProgressDisplay(store, quiet=quiet) as display,
         _monitor() as monitor,
-        _fleet(engines, job) as (fleet, pools),
     ):
+        fleet, pools = engines.live(job.spec.fleet.start_timeout)
         flow = make_flow(job, store, window=window_of(pools), epoch=lease.epoch if lease else None)
         supervisor = Supervisor(
             job,
@@ -170,22 +100,6 @@ def _monitor() -> Iterator[Any]:
         yield monitor
     finally:
         ray.kill(monitor)
-
-
-@contextlib.contextmanager
-def _fleet(engines: Engines, job: PreparedJob) -> Iterator[tuple[Any, Sequence[PoolPlan]]]:
-    """A live fleet with what it is made of: the one given, the warm one that the spec names, or one for the block."""
-    if engines.fleet is not None:
-        yield engines.fleet, engines.pools
-    elif engines.warm is not None:
-        fleet, warm = engines.warm.find()
-        yield fleet, warm.pools
-    else:
-        fleet = start_fleet(engines.pools, start_timeout_s=job.spec.fleet.start_timeout)
-        try:
-            yield fleet, engines.pools
-        finally:
-            stop_fleet(fleet)
 
 
 def make_flow(job: PreparedJob, store: Store, *, window: int, epoch: int | None) -> Flow:

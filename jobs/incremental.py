@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs.chain import Chain, Link, read_chain, sweep_objects
 from jobs.claiming import claim_of, job_of, next_folder, release_of, run_of, settings_of, spec_of_run, whether_finished
+from jobs.engines import kept_engines
 from jobs.job_spec import JobSpec
 from jobs.new_rows import NewRows, find_new
 from jobs.preflight import reaching
@@ -44,7 +45,7 @@ class Command:
     finished: Callable[[PreparedJob, dict[str, Any]], None] = lambda _job, _summary: None
     """Called with each run's end."""
     means: dict[str, Any] = field(default_factory=dict)
-    """`fleet` or `pools` of `run_job`."""
+    """`fleet`, `pools` or `kept` of `run_job`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,9 @@ def run_if_incremental(
         SpecError: what only incremental jobs have is asked of another one.
     """
     if spec.input.new == SINCE_LAST_RUN:
-        command = Command(spec, options, say, finished)
-        return retry_incremental(command) if options.only_failed else run_incremental(command)
+        with kept_engines() as kept:  # of several nights or retried runs the first loads the weights
+            command = Command(spec, options, say, finished, {"kept": kept})
+            return retry_incremental(command) if options.only_failed else run_incremental(command)
     if options.accept_changes:
         raise SpecError("--accept-changes is for jobs with input.new: since_last_run; others have one run, see resume")
     return None

@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from jobs.engines import kept_engines
 from jobs.estimate import even_sample
-from jobs.execute import execute_work, ray_for
+from jobs.execute import execute_work
 from jobs.interrupts import Interrupts
 from jobs.prepare import PreparedJob
 from jobs.run import engines_of
@@ -45,8 +46,9 @@ def run_preview(
     execution = Execution(run_id="preview")
     say(f"preview of {work.num_single_rows} rows of {job.plan.num_rows:,}")
     with tempfile.TemporaryDirectory(prefix="tramontane-preview-") as folder:
-        engines, interrupts = engines_of(job, address=ray), Interrupts()
-        with interrupts.heard(), ray_for(engines, interrupts, say=say) as engines:
+        interrupts = Interrupts()
+        with kept_engines() as engines, interrupts.heard():
+            engines.find(engines_of(job, address=ray), interrupts, say=say)
             status, exit_code = execute_work(
                 job.tolerating_failures(),
                 work,

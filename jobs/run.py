@@ -13,13 +13,14 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.fleet_plan import FleetDemand
 from cluster.pools import PoolPlan
 from cluster.warm import Attachment
-from jobs.execute import Engines, execute_work, ray_for
+from jobs.engines import Engines, KeptEngines, kept_engines
+from jobs.execute import execute_work
 from jobs.interrupts import Interrupts
 from jobs.label_report import report_labels
 from jobs.preflight import preflight, reaching
@@ -62,6 +63,7 @@ def run_job(
     say: Callable[[str], None],
     fleet: Any = None,
     pools: list[PoolPlan] | None = None,
+    kept: KeptEngines | None = None,
 ) -> dict[str, Any]:
     """Execute the job and return its summary, whose `exit_code` is the process's.
 
@@ -71,6 +73,7 @@ def run_job(
         say: prints one line for people.
         fleet: a live fleet to use and leave running, instead of one of the run's own.
         pools: what to run instead of the spec's pools.
+        kept: where engines are left for the next run, instead of ending with this one.
 
     Raises:
         RunError: it could not go on; `exit_code` says why. What was committed stays.
@@ -79,11 +82,12 @@ def run_job(
     store = Store(job.spec.output.path)
     execution = Execution(run_id=options.run_id or uuid.uuid4().hex[:8])
     interrupts = Interrupts()
-    with interrupts.heard(), contextlib.ExitStack() as ray_session:
-        means = _Means(engines_of(job, fleet=fleet, pools=pools, address=options.ray), interrupts, ray_session)
+    with interrupts.heard(), contextlib.nullcontext(kept) if kept is not None else kept_engines() as own:
+        wanted = engines_of(job, fleet=fleet, pools=pools, address=options.ray)
+        means = _Means(wanted, interrupts, own, ends=kept is None)
         TemplateStage(job.template).close()  # finds broken templates and tokenizers before anything is written
         if preflight(job, options, store):
-            ray_session.enter_context(ray_for(means.engines, interrupts))
+            own.find(wanted, interrupts, say=say)
         with acquire_lease(store, run_id=execution.run_id) as lease:
             return _execute(job, options, Ledger(store, lease=lease), lease, execution, say, means)
 
@@ -92,10 +96,11 @@ def run_job(
 class _Means:
     """What an execution does its work with."""
 
-    engines: Engines
+    wanted: Engines
     interrupts: Interrupts
-    ray_session: contextlib.ExitStack
-    """Ends the run's own Ray, once there is one."""
+    kept: KeptEngines
+    ends: bool
+    """Whether engines and a Ray of the run's own end with the work."""
 
 
 def _execute(
@@ -113,11 +118,12 @@ def _execute(
     say(opening_line(execution.run_id, job, before, work, ledger.store))
     status, exit_code = "done", 0
     if work.shards or work.rows:
-        with means.ray_session as session:  # ends with the work: a flow that was given up commits nothing after it
-            # Ray is there already, unless work came up since.
-            engines = session.enter_context(ray_for(means.engines, means.interrupts, say=say))
-            means = replace(means, engines=engines)
+        means.kept.find(means.wanted, means.interrupts, say=say)  # it is there already, unless work came up since
+        with contextlib.ExitStack() as end:
+            end.callback(means.kept.end)  # before the output is finished: a given-up flow commits nothing after it
             status, exit_code = _work(job, options, ledger, lease, execution, work, before, means)
+            if status == "done" and not means.ends:
+                end.pop_all()
     elif (finished := _already_finished(ledger.store, job, before)) is not None:
         return finished
     execution.timings["total_s"] = time.monotonic() - execution.began
@@ -148,9 +154,9 @@ def _work(
         ledger.record_event(
             "started", run_id=execution.run_id, shards=len(work.shards), retry_rows=work.num_single_rows
         )
-    engines, interrupts, quiet = means.engines, means.interrupts, options.quiet
+    kept, interrupts, quiet = means.kept, means.interrupts, options.quiet
     try:
-        return execute_work(job, work, store, execution, before.totals, engines, interrupts, lease=lease, quiet=quiet)
+        return execute_work(job, work, store, execution, before.totals, kept, interrupts, lease=lease, quiet=quiet)
     except RunError as error:
         _record_failure(ledger, execution, error)
         raise

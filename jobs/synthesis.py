@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.pools import PoolPlan
+from jobs.engines import KeptEngines, kept_engines
 from jobs.prepare import PreparedJob
 from jobs.run import RunOptions, run_job
 from jobs.summary import SUMMARY
@@ -38,24 +39,40 @@ def run_synthesis(
     Raises:
         RunError: as `run_job`; what was committed stays, and the same command goes on.
     """
-    summary = run_job(job, options, say=say, fleet=fleet, pools=pools)
-    if summary["exit_code"] != 0:
-        return summary
+    with kept_engines() as kept:
+
+        def run(asked: PreparedJob, how: RunOptions) -> dict[str, Any]:
+            return run_job(asked, how, say=say, fleet=fleet, pools=pools, kept=kept)
+
+        summary = run(job, options)
+        if summary["exit_code"] != 0:
+            return summary
+        return _records_of(job, summary, options, run, kept)
+
+
+def _records_of(
+    job: PreparedJob,
+    summary: dict[str, Any],
+    options: RunOptions,
+    run: Callable[[PreparedJob, RunOptions], dict[str, Any]],
+    kept: KeptEngines,
+) -> dict[str, Any]:
     store = Store(job.spec.output.path)
     key = _key(job, store)
     if (done := _report(store, key)) is not None:
         return summary | {"synthesis": done}
     with acquire_lease(store, run_id=summary["run_id"]) as lease:
-        step = RunOptions(quiet=options.quiet, ray=options.ray)
+        how = RunOptions(quiet=options.quiet, ray=options.ray)
 
-        def run(asked: PreparedJob) -> dict[str, Any]:
-            return run_job(asked, step, say=say, fleet=fleet, pools=pools)
+        def step(asked: PreparedJob) -> dict[str, Any]:
+            return run(asked, how)
 
         try:
-            later, rounds = ask_again(job, store, run)
-            judgement = _judgement(job, store, later, rounds, run)
+            later, rounds = ask_again(job, store, step)
+            judgement = _judgement(job, store, later, rounds, step)
         except RoundEnded as ended:
             return summary | {name: ended.summary[name] for name in ("status", "exit_code")}
+        kept.end()  # what is left takes no GPU
         lease.check()
         store.delete(REPORT)  # written last: while it isn't there the folders may be half old
         synthesis = write_records(job, store, later, judgement) | {"rounds": rounds}

@@ -18,7 +18,16 @@ from jobs.spec import parse_spec
 from jobs.synthesis_text import synthesis_lines
 from pipeline.errors import SpecError
 from tests.driver_processes import DriverLauncher, wait_until
-from tests.whole_runs import check_whole, make_job, read_output, run_scripted, snapshot, write_prompts
+from tests.whole_runs import (
+    check_whole,
+    journaling,
+    make_job,
+    num_started,
+    read_output,
+    run_scripted,
+    snapshot,
+    write_prompts,
+)
 
 NESTED: dict[str, Any] = {
     "type": "object",
@@ -121,6 +130,16 @@ def test_500_records_under_a_nested_schema_are_all_valid_and_none_is_lost(tmp_pa
     before = snapshot(output / "records")
     assert run_scripted(synthesis_job(rows, output, sampling={"n": 2}))["synthesis"] == report
     assert snapshot(output / "records") == before
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_one_engine_does_the_run_and_all_its_rounds(tmp_path: Path) -> None:
+    rows, journal = write_prompts(tmp_path / "in.parquet", 100), tmp_path / "journal"
+    summary = run_scripted(synthesis_job(rows, tmp_path / "out"), journaling(journal))
+    asked_again = [each["asked_again"] for each in summary["synthesis"]["rounds"]]
+    assert asked_again
+    assert num_started(journal) == 100 + sum(asked_again)
+    assert len(list(journal.iterdir())) == 1, "a log for each process that loaded the weights"
 
 
 def killed_at(launcher: DriverLauncher, spec: Path, moment: Callable[[], bool], what: str) -> None:
