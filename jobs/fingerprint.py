@@ -20,6 +20,7 @@ _NEUTRAL_FIELDS = frozenset(
         *("sampling.dedupe", "label.review_below"),
         # What a synthesis does with the answers once they are there.
         *("synthesize.retries", "synthesize.filters", "synthesize.duplicates", "synthesize.judge"),
+        "synthesize.conversation",
         # Which rows a run of an incremental job has is in its plan; which tell them apart, in the chain of its claims.
         *("input.new", "input.new_by", "input.changed", "input.partition", "input.timezone"),
     }

@@ -15,7 +15,7 @@ from jobs.fingerprint import fingerprint_fields
 from jobs.job_spec import JobSpec
 from jobs.new_rows import Source, source_of
 from jobs.sampler_values import personas_identity, samplers_of
-from jobs.synthesis_needs import refuse_what_records_lack
+from jobs.synthesis_needs import columns_of_turns, refuse_what_records_lack
 from pipeline.chat_encoder import choose_encoder
 from pipeline.choice_tokens import choice_tree, yes_no_tree
 from pipeline.choices import ChoiceTree
@@ -95,7 +95,8 @@ def prepare(spec: JobSpec, *, weights: bool = True, source: Source | None = None
     """
     source = source or source_of(spec)
     needed = needed_columns(spec.prompt, spec.sampling) | _named_columns(spec)
-    needed -= set(spec.synthesize.samplers) if spec.synthesize else set()
+    if spec.synthesize is not None:
+        needed = (needed | columns_of_turns(spec.synthesize)) - set(spec.synthesize.samplers)
     read_schema = user_schema(list(source.files), required=sorted(needed), carried=spec.output.keep)
     samplers = samplers_of(spec, common_folder([file.path for file in source.files]), read_schema.names)
     model = _fitting_model(spec, weights=weights)

@@ -33,6 +33,7 @@ def check_synthesis(given: Mapping[str, Any], synthesis: SynthesisSettings | Non
     problems = [*_check_input(given)]
     if synthesis is not None:
         problems += [*_check_samplers(given, synthesis), *_check_patterns(synthesis), *_check_judge(synthesis)]
+        problems += _check_conversation(given, synthesis)
     return problems
 
 
@@ -77,6 +78,17 @@ def _check_patterns(synthesis: SynthesisSettings) -> Iterator[Problem]:
 def _check_judge(synthesis: SynthesisSettings) -> Iterator[Problem]:
     if synthesis.judge is not None:
         yield from check_template((SYNTHESIZE, "judge", "instructions"), synthesis.judge.instructions)
+
+
+def _check_conversation(given: Mapping[str, Any], synthesis: SynthesisSettings) -> Iterator[Problem]:
+    if synthesis.conversation is None:
+        return
+    yield from check_template((SYNTHESIZE, "conversation", "user"), synthesis.conversation.user)
+    section = given.get("sampling")
+    for name in ("json_schema", "column"):
+        if isinstance(section, dict) and section.get(name) is not None:
+            message = f"a conversation takes no `sampling.{name}`"
+            yield Problem(("sampling", name), message, hint="leave it out, or `synthesize.conversation`", on_key=True)
 
 
 def _words(error: Exception) -> str:

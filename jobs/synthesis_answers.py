@@ -5,7 +5,7 @@ Reads committed parts only, in the order of the plan, so that what follows from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,14 @@ def read_answers(
 
 def answers_of_round(store: Store, number: int) -> dict[Key, Answer]:
     """What a round that asked again was answered; rows that failed there are left out: the answer before stands."""
-    found: dict[Key, Answer] = {}
-    for shard in Ledger(store).plan:
-        for answer in _answers(read_part(store, shard.part_name), SOURCE, number):
-            if answer.status != "failed":
-                found[answer.key] = answer
-    return found
+    found = answers_to_questions(store, Ledger(store).plan, number)
+    return {key: answer for key, answer in found.items() if answer.status != "failed"}
+
+
+def answers_to_questions(store: Store, shards: Iterable[Shard], number: int = 0) -> dict[Key, Answer]:
+    """What a run over questions that name their samples was answered, in these shards of it."""
+    parts = (read_part(store, shard.part_name) for shard in shards)
+    return {answer.key: answer for part in parts for answer in _answers(part, SOURCE, number)}
 
 
 def _answers(part: pa.Table, names: tuple[str, str, str], number: int = 0) -> Iterator[Answer]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pipeline.errors import SpecError
 from pipeline.jinja_guard import template_columns
 from pipeline.languages import known_languages
-from pipeline.synthesis_settings import SynthesisSettings
+from pipeline.synthesis_settings import TALK, SynthesisSettings
+
+
+def columns_of_turns(synthesis: SynthesisSettings) -> frozenset[str]:
+    """Columns of the input that the prompt for the user's next message names."""
+    if synthesis.conversation is None:
+        return frozenset()
+    return frozenset(template_columns(synthesis.conversation.user) - {TALK})
 
 
 def refuse_what_records_lack(synthesis: SynthesisSettings, columns: list[str]) -> None:
@@ -17,6 +24,11 @@ def refuse_what_records_lack(synthesis: SynthesisSettings, columns: list[str]) -
                 f"synthesize.filters.languages: {code!r} is no language that can be found; use some of "
                 f"{', '.join(sorted(known))}"
             )
+    if synthesis.conversation is not None and TALK in columns:
+        raise SpecError(
+            f"column {TALK!r} has the name of the talk so far in synthesize.conversation.user; rename it, or list the "
+            "columns to carry in `output.keep`, without it"
+        )
     wanted = template_columns(synthesis.judge.instructions) if synthesis.judge is not None else frozenset[str]()
     for name in sorted(wanted - {"record", *columns}):
         raise SpecError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.prepare import PreparedJob
-from jobs.synthesis_answers import Answer, Key, read_answers
 from jobs.synthesis_judge import Judgement
+from jobs.synthesis_turns import Talks, read_talks
 from jobs.synthesis_verdicts import Sieve, Weighed, record_text
 from pipeline.diversity import DiversitySample
 from pipeline.record_fields import DROPPED_FIELDS, RECORD_FIELDS, SCORE
@@ -39,14 +39,12 @@ class _Tally:
     drawn: dict[str, Counter[str | int]] = field(default_factory=lambda: defaultdict(Counter))
 
 
-def write_records(
-    job: PreparedJob, store: Store, later: Mapping[Key, Answer], judgement: Judgement | None
-) -> dict[str, Any]:
+def write_records(job: PreparedJob, store: Store, talks: Talks, judgement: Judgement | None) -> dict[str, Any]:
     """Write both folders anew, and return what is in them and how diverse it is."""
     sieve, tally = Sieve(job), _Tally()
     before = [(folder, name) for folder in (RECORDS, DROPPED) for name in store.list(folder)]
     written: set[tuple[str, str]] = set()
-    for shard, part, answers in read_answers(store, later):
+    for shard, part, answers in read_talks(talks):
         found = judgement.of_part(shard.part_name) if judgement is not None else {}
         weighed = [sieve.weigh(row, answer, found.get(answer.key)) for row, answer in answers]
         _count(tally, part, weighed, job)
@@ -62,10 +60,10 @@ def write_records(
     return _report(job, tally, judged=judgement is not None)
 
 
-def write_candidates(job: PreparedJob, store: Store, later: Mapping[Key, Answer], folder: str) -> int:
+def write_candidates(job: PreparedJob, store: Store, talks: Talks, folder: str) -> int:
     """Write what would be records without a judge, part by part; returns how many. Files that are there are left."""
     sieve, there, total = Sieve(job), store.list(folder), 0
-    for shard, part, answers in read_answers(store, later):
+    for shard, part, answers in read_talks(talks):
         chosen = [each for each in (sieve.weigh(row, answer) for row, answer in answers) if each.verdict is None]
         total += len(chosen)
         if chosen and shard.part_name not in there:

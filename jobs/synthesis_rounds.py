@@ -57,7 +57,7 @@ def ask_again(job: PreparedJob, store: Store, run: RunStep) -> tuple[dict[Key, A
         if f"{name.partition('/')[2]}.jsonl" not in store.list(FOLDER):
             store.put(f"{name}.jsonl", questions)  # left as it is when it is there: its time counts as a change
         root = store.root.rstrip("/")
-        step = prepare(_round_spec(job.spec, f"{root}/{name}.jsonl", f"{root}/{name}"))
+        step = prepare(questions_spec(job.spec, f"{root}/{name}.jsonl", f"{root}/{name}"))
         summary = run(step)
         if summary["exit_code"] != 0:
             raise RoundEnded(summary)
@@ -113,7 +113,8 @@ def _override(spec: JobSpec, resolved: str | None, seed: int) -> dict[str, Any]:
     return {name: value for name, value in own.items() if name not in _PER_JOB and value != base[name]} | {"seed": seed}
 
 
-def _round_spec(spec: JobSpec, questions: str, output: str) -> JobSpec:
+def questions_spec(spec: JobSpec, questions: str, output: str) -> JobSpec:
+    """A run with the job's model and sampling over chats that a step of a synthesis has written."""
     sampling = spec.sampling.model_copy(update={"n": 1, "column": "sampling"})
     return spec.model_copy(
         update={

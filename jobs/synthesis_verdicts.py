@@ -80,7 +80,7 @@ class Sieve:
 
 
 def record_text(record: str) -> str:
-    """What a record says: of JSON all its strings, one a line; keys are the same in all records."""
+    """What a record says: of JSON all its strings, one a line, but for keys and roles, which all records share."""
     try:
         value = json.loads(record)
     except ValueError:
@@ -113,5 +113,8 @@ def _strings(value: Any) -> Iterator[str]:
         each = stack.pop()
         if isinstance(each, str):
             yield each
-        children = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        if isinstance(each, dict):
+            children = [each["content"]] if each.keys() == {"role", "content"} else [*each.values()]
+        else:
+            children = each if isinstance(each, list) else []
         stack += reversed([*children])

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from pipeline.settings import Settings, contradiction
 
+TALK = "conversation"
+"""What prompts for the user's next message know the talk so far as."""
+
 
 class SamplerSettings(Settings):
     """A column that each input row draws for itself, always the same. Exactly one of its fields."""
@@ -79,6 +82,16 @@ class JudgeSettings(Settings):
         return self
 
 
+class ConversationSettings(Settings):
+    """How a record goes on after the first answer, user and assistant by turns."""
+
+    turns: Annotated[int, Field(ge=2, le=20)]
+    """Messages of the user in all; the first is the job's prompt."""
+    user: str
+    """What the model is asked for the user's next message: a Jinja template over the record's columns and
+    `conversation`, the talk so far."""
+
+
 class SynthesisSettings(Settings):
     """What a synthesis (`kind: synthesize`) adds to a prompt over seed rows."""
 
@@ -88,6 +101,8 @@ class SynthesisSettings(Settings):
     """What they are drawn from; another seed draws others."""
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     """How often an invalid or truncated record is asked for again, the error shown to the model."""
+    conversation: ConversationSettings | None = None
+    """Makes each record a conversation of several turns."""
     filters: FilterSettings = FilterSettings()
     """What a record must be like to be kept."""
     duplicates: DuplicateSettings = DuplicateSettings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,7 @@ def synthesis_text(
     *,
     sampling: dict[str, Any] | None = None,
     template: str = TEMPLATE,
+    prompt: dict[str, Any] | None = None,
     **synthesize: Any,
 ) -> str:
     samplers = {
@@ -77,7 +79,7 @@ def synthesis_text(
         "kind": "synthesize",
         "model": {"source": "random", "dtype": "float32", "max_model_len": 2048},
         "input": {"path": str(rows)},
-        "prompt": {"template": template},
+        "prompt": {"template": template, **(prompt or {})},
         "sampling": {"temperature": 1.0, "seed": 5, "max_tokens": 64, "json_schema": NESTED, **(sampling or {})},
         "synthesize": {"samplers": samplers, **synthesize},
         "output": {"path": str(output)},
@@ -285,6 +287,61 @@ def test_what_the_steps_after_the_run_lack_is_refused_before_it(tmp_path: Path) 
         synthesis_job(rows, tmp_path / "out", judge={**JUDGE, "instructions": "{{ record }} {{ answer }}"})
     with pytest.raises(SpecError, match="'xx' is no language that can be found"):
         synthesis_job(rows, tmp_path / "out", filters={"languages": ["de", "xx"]})
+
+
+TURNS = {"turns": 3, "user": "Be {{ who }}, {{ tone }}. What do you say next?\n\n{{ conversation }}"}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_records_of_several_turns_alternate_and_each_turn_saw_those_before(tmp_path: Path) -> None:
+    rows, output, journal = write_prompts(tmp_path / "in.parquet", 40), tmp_path / "out", tmp_path / "journal"
+    prompt = {"examples": [{"user": "an example", "assistant": "its answer"}]}
+
+    def job(turns: int) -> PreparedJob:
+        talk = {**TURNS, "turns": turns}
+        sampling = {"json_schema": None, "n": 2, "max_tokens": 12}
+        return synthesis_job(rows, output, sampling=sampling, retries=0, conversation=talk, prompt=prompt)
+
+    report = run_scripted(job(3), journaling(journal))["synthesis"]
+    records, dropped = read_folder(output / "records"), read_folder(output / "dropped")
+    assert report["records"] == len(records) > 0
+    keys = sorted((row["source_row"], row["source_sample"]) for row in records + dropped)
+    assert keys == [(row, sample) for row in range(40) for sample in range(2)]
+    first = {(row["input_row"], row["sample_index"]): row for row in read_output(output).to_pylist()}
+    files = (output / "turns").glob("*/2-user/questions/*")
+    questions = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    seen = {(each["source_row"], each["source_sample"]): json.loads(each["messages"]) for each in questions}
+    for record in records:
+        key = record["source_row"], record["source_sample"]
+        talk = json.loads(record["record"])
+        assert [message["role"] for message in talk] == ["user", "assistant"] * 3
+        assert f"question number {key[0]}" in talk[0]["content"]
+        assert talk[1]["content"] == first[key]["generated_text"]
+        [asked] = seen[key]
+        assert asked["content"].startswith(f"Be {record['who']}, {record['tone']}.")
+        assert f"User: {talk[0]['content']}\n\nAssistant: {talk[1]['content']}" in asked["content"]
+    for row in dropped:
+        assert row["reason"] in ("truncated", "exact_duplicate", "near_duplicate")
+        if row["reason"] == "truncated":
+            assert re.match(r"turn 1: |turn [23], (user|assistant): it was cut off after 12 tokens", row["detail"])
+    assert len(list(journal.glob("*.log"))) == 1
+
+    # What there is isn't asked again for a talk that goes on longer.
+    before = num_started(journal)
+    longer = run_scripted(job(4), journaling(tmp_path / "journal2"))["synthesis"]
+    assert num_started(journal) == before
+    assert longer["records"] <= report["records"]
+    assert all(len(json.loads(row["record"])) == 8 for row in read_folder(output / "records"))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_driver_that_is_killed_between_turns_changes_no_record(
+    local_ray: None, tmp_path: Path, new_launcher: Callable[..., DriverLauncher]
+) -> None:
+    kills = [f"turns/*/{half}/answers/data/part-*" for half in ("2-user", "2-assistant", "3-user")]
+    sampling = {"json_schema": None, "max_tokens": 12}
+    check_killed(tmp_path, new_launcher, 150, kills, conversation=TURNS, sampling=sampling, retries=0)
 
 
 @pytest.mark.long
