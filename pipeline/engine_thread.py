@@ -7,10 +7,12 @@ engines are replaced, never repaired.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from pipeline.consumers import Mailboxes
@@ -39,6 +41,18 @@ class EngineConfig(Protocol):
     def follow(self, meeting: Meeting, node_rank: int) -> None:
         """Load the part of a further node, the first of which is 1; return when one of its processes has ended."""
         ...
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Loading is mostly imports, which make a million objects to keep: looking through them for garbage, again and
+    again, was 1.5 of 17 s.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class EngineThread:
@@ -71,7 +85,8 @@ class EngineThread:
         assert self._loop is not None  # noqa: S101  set before the thread starts
         engine: Engine | None = None
         try:
-            engine = config.build() if self.meeting is None else config.lead(self.meeting)
+            with _without_collection():
+                engine = config.build() if self.meeting is None else config.lead(self.meeting)
             self.info = engine.info
             self._on_loop(self._tell)
             while not self._loop.is_closed():  # then nobody is left to be told anything

@@ -322,4 +322,5 @@ def _versions() -> dict[str, str]:
     import transformers
     import vllm
 
-    return {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    # torch's is a class of its own: fleet, dispatch and driver would each import torch to read it, 2 to 4 s apiece.
+    return {"vllm": vllm.__version__, "torch": str(torch.__version__), "transformers": transformers.__version__}

@@ -56,6 +56,15 @@ def reference(model: Any, prompt: list[int], generated: int) -> tuple[list[int],
     return ids[0, len(prompt) :].tolist(), torch.stack(chosen, dim=1).numpy()
 
 
+def test_what_a_replica_says_of_itself_is_read_without_torch(vllm_fleet: Any) -> None:
+    """`torch.__version__` itself is of a class of torch's, which fleet, dispatch and driver would import to read it."""
+    import ray
+
+    versions = ray.get(vllm_fleet.status.remote())["versions"]
+    assert versions.keys() == {"vllm", "torch", "transformers"}
+    assert {type(version) for version in versions.values()} == {str}
+
+
 def test_tokens_and_ordered_expert_ids_equal_transformers_row_for_row(greedy_run: Path, tiny_model: ModelFiles) -> None:
     import torch
     from transformers import AutoTokenizer, MixtralForCausalLM
