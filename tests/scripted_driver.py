@@ -14,7 +14,7 @@ from typing import Any
 
 import jobs.run
 from cluster.pools import PoolPlan, SlotShape
-from jobs.execute import Engines
+from jobs.engines import Engines
 from jobs.main import main
 from jobs.prepare import PreparedJob
 from pipeline.engine import MoeShape

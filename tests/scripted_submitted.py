@@ -13,7 +13,7 @@ from typing import Any
 
 import jobs.submission
 import jobs.submitted
-from jobs.execute import Engines
+from jobs.engines import Engines
 from jobs.main import main
 from jobs.prepare import PreparedJob
 from tests.scripted_driver import scripted_pools

@@ -126,6 +126,7 @@ def test_three_gpu_types_with_two_tensor_parallel_sizes_feed_from_one_queue(node
     wait_for(lambda: ray.available_resources().get("GPU", 0) == 12 and not live_groups(), "everything released", 30)
 
 
+@pytest.mark.long  # tests/cluster/test_campaign.py has a sample
 def test_lost_nodes_and_replicas_are_replaced_and_no_row_is_lost_or_blamed(nodes: ExtraNodes, tmp_path: Path) -> None:
     first = nodes.add("L4", 2)
     nodes.add("L4", 1)

@@ -41,12 +41,12 @@ RANGE = {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1
 def test_completions_follow_the_schema_or_are_truncated(vllm_fleet: Any, tmp_path: Path) -> None:
     own = [json.dumps({"json_schema": RANGE}), json.dumps({"json_object": True}), json.dumps({"max_tokens": 4}), "{}"]
     refused = json.dumps({"json_schema": {"type": "array", "uniqueItems": True}})
-    rows = write_prompts(tmp_path / "in.parquet", 33, own=[*(own * 8), refused])
+    rows = write_prompts(tmp_path / "in.parquet", 17, own=[*(own * 4), refused])
     sampling = {"json_schema": NESTED, "temperature": 1.0, "n": 2, "max_tokens": 120, "seed": 3, "column": "own"}
     job = make_job(rows, tmp_path / "out", sampling=sampling)
     summary = run_job(job, RunOptions(quiet=True), say=lambda line: None, fleet=vllm_fleet)
     assert (summary["counts"]["failed"], summary["counts"]["invalid"]) == (1, 0)
-    check_whole(tmp_path / "out", 33)
+    check_whole(tmp_path / "out", 17)
     by_kind: list[list[dict[str, Any]]] = [[], [], [], []]
     *sound, last = read_output(tmp_path / "out").to_pylist()
     assert last["error"]["kind"] == "bad_sampling"
@@ -59,5 +59,5 @@ def test_completions_follow_the_schema_or_are_truncated(vllm_fleet: Any, tmp_pat
                 jsonschema.validate(json.loads(row["generated_text"]), schema)
             else:
                 assert (row["status"], row["finish_reason"]) == ("truncated", "length")
-    assert [row["status"] for row in by_kind[3]].count("ok") >= 14  # of 16; noise rarely fills 120 tokens
+    assert [row["status"] for row in by_kind[3]].count("ok") >= 6  # of 8; noise rarely fills 120 tokens
     assert {row["status"] for row in by_kind[2]} == {"truncated"}

@@ -75,7 +75,7 @@ def test_tokens_and_ordered_expert_ids_equal_transformers_row_for_row(greedy_run
     shard = _prompts_of(stage, greedy_run / "in.parquet")
     stage.close()
     compared = 0
-    for row in read_output(greedy_run / "out").to_pylist()[::2]:
+    for row in read_output(greedy_run / "out").to_pylist()[::3]:
         prompt, generated = shard[row["input_row"]], row["num_generated_tokens"]
         assert row["num_input_tokens"] == len(prompt)
         tokens, experts = reference(model, prompt, generated)
@@ -83,7 +83,7 @@ def test_tokens_and_ordered_expert_ids_equal_transformers_row_for_row(greedy_run
         stored = np.frombuffer(row["routing"]["expert_ids"], np.uint8).reshape(-1, 4, 2)
         np.testing.assert_array_equal(stored, experts)
         compared += experts.size
-    assert compared > 10_000
+    assert compared > 6_000
 
 
 def _prompts_of(stage: TemplateStage, path: Path) -> list[list[int]]:

@@ -101,7 +101,7 @@ def check_against_undisturbed(run: KilledRun, folder: Path) -> None:
 def test_killed_driver_resumes_without_lost_or_duplicate_rows(
     local_ray: None, tmp_path: Path, killed_run: Callable[[int, float], KilledRun]
 ) -> None:
-    run = killed_run(1200, 0.03)
+    run = killed_run(800, 0.03)
     with run.watcher() as watcher:
         run.kill_at(after_parts(run.output, 4))
         run.launcher.run(run.spec)
@@ -135,6 +135,7 @@ def test_driver_killed_at_twenty_random_moments_leaves_the_undisturbed_runs_resu
     check_against_undisturbed(run, tmp_path)
 
 
+@pytest.mark.long  # tests/cluster/test_campaign.py kills replicas too
 def test_replicas_killed_during_a_run_cost_no_row(local_ray: None, tmp_path: Path) -> None:
     rows = write_prompts(tmp_path / "in.parquet", 1000)
     (tmp_path / "journal").mkdir()

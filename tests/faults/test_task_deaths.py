@@ -70,7 +70,9 @@ def poison_write(patch: pytest.MonkeyPatch, log: Path) -> None:
 
 
 # Ray Data fuses read and template into one task, so that one of the two says it for both.
-@pytest.mark.parametrize("poison", [pytest.param(poison_read, marks=pytest.mark.long), poison_template, poison_write])
+@pytest.mark.parametrize(
+    "poison", [*(pytest.param(each, marks=pytest.mark.long) for each in (poison_read, poison_template)), poison_write]
+)
 def test_a_task_whose_process_dies_each_time_ends_the_run_instead_of_starting_again_for_ever(
     local_ray: None, tmp_path: Path, poison: Callable[[pytest.MonkeyPatch, Path], None]
 ) -> None:
