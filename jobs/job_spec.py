@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from cluster.settings import FleetSettings
 from pipeline.settings import (
@@ -42,3 +43,15 @@ class JobSpec(Settings):
     limits: LimitSettings = LimitSettings()
     drift: DriftSettings = DriftSettings()
     fleet: FleetSettings = FleetSettings()
+    _files: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Python files that the spec names; what they say is in it already."""
+        return self._files
+
+    def read_from(self, files: Sequence[str]) -> JobSpec:
+        """The same spec, for whose schemas these files were read."""
+        spec = self.model_copy()
+        spec._files = tuple(files)
+        return spec

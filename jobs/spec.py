@@ -3,7 +3,8 @@
 Imports neither Ray nor the engine nor Arrow, so that `tramontane validate` answers within 0.3 s.
 Guarantees:
 - what is returned has passed every rule that can be checked without looking at the input.
-- a file from anywhere costs less than a second and constructs nothing but plain data.
+- a file from anywhere costs less than a second and constructs nothing but plain data; a Python file that it names for a
+  schema is run, and has to lie in this folder or below.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jobs.spec_errors import spec_error, without_consequences
 from jobs.spec_fields import field_tree
 from jobs.spec_label import expand_label
 from jobs.spec_messages import problems_of
+from jobs.spec_models import MODEL_NAME, read_model
 from jobs.spec_openai import expand_openai_batch
 from jobs.spec_overrides import apply_overrides
 from jobs.spec_rules import SECTION_MODELS, Sections, check_rules
@@ -54,9 +56,11 @@ def parse_spec(text: str, *, name: str, overrides: Sequence[str] = ()) -> JobSpe
         _check_root(document)
     if document.is_whole:
         applied = apply_overrides(document, list(overrides))
+        files, problems = read_model(document.data)
+        document.problems += problems
         spec = _validate(document)
         if spec is not None:
-            return spec
+            return spec.read_from(files)
     raise spec_error(document.problems, document, applied)
 
 
@@ -70,6 +74,7 @@ def spec_json_schema() -> dict[str, Any]:
             # See `_check_root`: what `init` writes has such sections.
             entry["anyOf"] = [{"$ref": entry.pop("$ref")}, {"type": "null"}]
     schema["properties"]["fleet"]["anyOf"].append({"const": AUTO})
+    schema["$defs"]["SamplingSettings"]["properties"]["json_schema"]["anyOf"].append(MODEL_NAME)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Tramontane job"}
 
 

@@ -176,8 +176,8 @@ def environment(assignments: Sequence[str], *, drain_timeout_s: float) -> tuple[
 
 
 def files_to_send(spec: JobSpec) -> list[str]:
-    """Small local files that a spec names beside its rows, by relative paths: values of samplers."""
-    named = [] if spec.synthesize is None else [each.persona for each in spec.synthesize.samplers.values()]
+    """Small local files that a spec names beside its rows, by relative paths: schemas' models, values of samplers."""
+    named = [*spec.files, *(each.persona for each in (spec.synthesize.samplers.values() if spec.synthesize else ()))]
     local = [split_url(path)[1] for path in named if path is not None and split_url(path)[0] == "file"]
     return sorted({path for path in local if not path.startswith(("/", "~"))})
 

@@ -140,7 +140,8 @@ class SamplingSettings(Settings):
     json_object: bool = False
     """Every completion is a JSON object, unless `max_tokens` cuts it."""
     json_schema: dict[str, Any] | None = None
-    """Every completion is JSON that this JSON schema allows, unless `max_tokens` cuts it."""
+    """Every completion is JSON that this JSON schema allows, unless `max_tokens` cuts it. In a spec's file also
+    FILE.py:Class, a pydantic model."""
     fit: bool = False
     """Let `max_tokens` shrink so that a long prompt fits `max_model_len`; else such a row fails: `prompt_too_long`."""
     dedupe: Literal["exact", "off"] = "exact"

@@ -19,7 +19,9 @@ from jobs.init_template import init_template
 from jobs.job_spec import JobSpec
 from jobs.spec import load_spec, parse_spec, spec_json_schema
 from jobs.spec_fields import all_fields
-from pipeline.errors import SpecError
+from pipeline.errors import RowError, SpecError
+from pipeline.sampling import row_sampling
+from pipeline.settings import SamplingSettings
 from tests.machine_speed import Slowdown, slowdown
 
 BROKEN = sorted((Path(__file__).parent / "broken_specs").glob("*.yaml"))
@@ -392,3 +394,69 @@ def test_validating_imports_nothing_heavy_and_takes_under_300_ms(tmp_path: Path)
     heavy = {"ray", "torch", "transformers", "vllm", "mistral_common", "pyarrow", "pandas", "numpy", "jinja2"}
     assert not heavy & set(results[0][1].split())
     assert min(float(seconds) for seconds, *_ in results[1:]) < 0.3 * slowdown.factor
+
+
+MODELS = """
+from __future__ import annotations
+from collections.abc import Callable
+from pydantic import BaseModel, Field
+
+class Part(BaseModel):
+    name: str = Field(max_length=20)
+
+class Ticket(BaseModel):
+    title: str = Field(min_length=3, max_length=40)
+    parts: list[Part]
+
+NUMBER = 3
+class Wild(BaseModel):
+    call: Callable[[], int]
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "records.py").write_text(MODELS)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    return tmp_path
+
+
+def test_a_schema_can_be_a_pydantic_models_name(models: Path) -> None:
+    spec = parse_spec(MINIMAL + "sampling: {json_schema: lib/records.py:Ticket}\n", name="job.yaml")
+    schema = spec.sampling.json_schema
+    assert schema is not None
+    assert schema["properties"]["title"] == {"maxLength": 40, "minLength": 3, "title": "Title", "type": "string"}
+    assert schema["$defs"]["Part"]["properties"]["name"]["maxLength"] == 20
+    assert spec.files == ("lib/records.py",)
+    assert spec.model_copy(update={"name": "other"}).files == spec.files
+    same = parse_spec(MINIMAL, name="job.yaml", overrides=["sampling.json_schema=lib/records.py:Ticket"])
+    assert same.sampling == spec.sampling
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("lib/records.py:Nobody", "lib/records.py has no pydantic model 'Nobody'"),
+        ("lib/records.py:NUMBER", "has no pydantic model 'NUMBER'"),
+        ("lib/records.py:Wild", "has no JSON schema"),
+        ("lib/other.py:Ticket", "there is no file lib/other.py"),
+        ("broken.py:Ticket", "broken.py can't be run: ZeroDivisionError"),
+        ("../records.py:Ticket", "names no pydantic model"),
+        ("/etc/records.py:Ticket", "names no pydantic model"),
+        ("records:Ticket", "names no pydantic model"),
+    ],
+)
+def test_a_models_name_that_means_nothing_is_one_error_at_its_place(models: Path, named: str, said: str) -> None:
+    text = MINIMAL + f"sampling:\n  json_schema: {named}\n"
+    with pytest.raises(SpecError) as caught:
+        parse_spec(text, name="job.yaml")
+    [(place, block)] = blocks_of(caught.value.message, "job.yaml").items()
+    assert place == (7, 16)
+    assert said in block
+
+
+def test_a_row_can_not_name_a_model(models: Path) -> None:
+    with pytest.raises(RowError, match="json_schema"):
+        row_sampling(SamplingSettings(), json.dumps({"json_schema": "broken.py:Ticket"}))
