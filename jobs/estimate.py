@@ -18,6 +18,7 @@ from cluster.hardware import Hardware, assumed_hardware, seen_hardware
 from cluster.nodes import read_nodes
 from cluster.roofline import TokenTotal, Work
 from jobs.chain import read_chain
+from jobs.estimate_steps import Step, later_steps, whole_work
 from jobs.gpu_plan import Question, expected_output, plan_gpus
 from jobs.gpu_plan_text import gpu_lines
 from jobs.job_spec import JobSpec
@@ -106,16 +107,27 @@ def _gpus(job: PreparedJob, inputs: dict[str, int], limit: dict[str, int], machi
     spec, is_exact = job.spec, job.spec.sampling.ignore_eos
     output = expected_output(TokenTotal(**limit), is_exact=is_exact)
     work = Work(job.plan.num_rows * spec.sampling.n, TokenTotal(**inputs), output)
-    question = Question(spec.fleet, spec.model, job.model.path, work)
+    steps = _later(job, work)
+    question = Question(spec.fleet, spec.model, job.model.path, whole_work(work, steps))
     planned = plan_gpus(question, machines.hardware, assumed=machines.assumed)
     return {
         "cluster": machines.where,
         "notes": list(planned.notes),
         "output_tokens": asdict(output),
         "output_is_exact": is_exact,
+        "later_steps": [step.to_json() for step in steps],
         "pools": [pool.to_json() for pool in planned.pools],
         "total": planned.total(),
     }
+
+
+def _later(job: PreparedJob, work: Work) -> list[Step]:
+    """What a synthesis goes on with; samples of a row share its prompt in the run, but each goes on by itself."""
+    if job.spec.synthesize is None:
+        return []
+    n, inputs = job.spec.sampling.n, work.input_tokens
+    prompts = TokenTotal(n * inputs.total, n * inputs.low, n * inputs.high)
+    return later_steps(job.spec.synthesize, samples=work.num_sequences, prompts=prompts, answers=work.output_tokens)
 
 
 def machines_of(spec: JobSpec, assume: Sequence[str], ray: str | None) -> Machines:

@@ -29,6 +29,9 @@ def gpu_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"cluster   {report['cluster']}"
     for note in report["notes"]:
         yield f"note      {note}"
+    for step in report["later_steps"]:
+        tokens = f"{step['input_tokens']['total']:,} tokens in, {step['output_tokens']['total']:,} out"
+        yield f"then      {step['step']}: {step['requests']:,} requests, {tokens}, besides retries"
     pools = report["pools"]
     if not pools:
         return
