@@ -50,6 +50,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_EVENT = {
+    "type": "object",
+    "description": "An event of a stream, asked for by `stream: true`.",
+    "properties": {
+        "data": {"type": "string", "description": "A chunk of the answer, or an error, as JSON; `[DONE]` at the end."}
+    },
+    "required": ["data"],
+}
+
+
 class ModelList(BaseModel):
     """All models that there are: one."""
 
@@ -81,7 +91,7 @@ def make_app(endpoint: Endpoint) -> Any:
     """The whole ASGI application."""
     api = _Api(endpoint)
     app = FastAPI(title="Tramontane", version="1", docs_url=None, redoc_url=None)
-    streams = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **ERRORS}
+    streams = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}, **ERRORS}
     app.add_api_route(CHAT, api.chat, methods=["POST"], response_model=ChatCompletion, responses=streams)
     app.add_api_route(COMPLETIONS, api.completion, methods=["POST"], response_model=Completion, responses=streams)
     app.add_api_route(MODELS, api.models, methods=["GET"], response_model=ModelList, responses=ERRORS)

@@ -257,7 +257,7 @@ def test_the_openapi_document_has_files_and_batches(client: openai.OpenAI, endpo
 def test_requests_that_are_made_up_are_answered_as_the_document_says(client: openai.OpenAI, endpoint: Served) -> None:
     seen = ask_for_anything(endpoint, 100, key=client.api_key)
     assert len({(method, path) for method, path, _ in seen}) >= 10
-    assert any(status == 200 for _, path, status in seen if path == CHAT)
+    assert any(status == 200 for _, _, status in seen)
 
 
 @pytest.mark.long
