@@ -271,12 +271,9 @@ add_schedule_commands(app)
 
 
 def _run(spec: Path, overrides: list[str] | None, options: Any, *, as_json: bool) -> None:
-    from jobs.incremental import run_if_incremental
-    from jobs.prepare import prepare
-    from jobs.report import closing_lines, id_warnings
-    from jobs.run import run_job
+    from jobs.report import closing_lines
     from jobs.spec import load_spec
-    from jobs.synthesis import run_synthesis
+    from jobs.whole_job import run_whole
 
     began = datetime.now(UTC)
     settings = [word for override in overrides or [] for word in ("--set", override)]
@@ -285,14 +282,7 @@ def _run(spec: Path, overrides: list[str] | None, options: Any, *, as_json: bool
         for line in closing_lines(job, summary, spec_words=[str(spec), *settings], began=began):
             say(line)
 
-    loaded = load_spec(spec, overrides or [])
-    if (summary := run_if_incremental(loaded, options, say=say, finished=close)) is None:
-        job = prepare(loaded)
-        for line in id_warnings(job):
-            say(line)
-        run_whole = run_job if job.spec.synthesize is None else run_synthesis
-        summary = run_whole(job, options, say=say)
-        close(job, summary)
+    summary = run_whole(load_spec(spec, overrides or []), options, say=say, finished=close)
     if as_json:
         print_json(summary)
     raise typer.Exit(summary["exit_code"])

@@ -20,6 +20,8 @@ from jobs.interrupts import Interrupts
 from jobs.ray_session import ray_session
 from pipeline.errors import SpecError
 
+STATUS_TIMEOUT_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Engines:
@@ -47,6 +49,9 @@ class KeptEngines:
         self._stack = contextlib.ExitStack()
         self._wanted: Engines | None = None
         self._found: Engines | None = None
+        self._is_used = False
+        self.interrupts = Interrupts()
+        """Heard between two runs."""
 
     def find(self, wanted: Engines, interrupts: Interrupts, *, say: Callable[[str], None]) -> Engines:
         """Be in a Ray that can hold the engines, worked out for its nodes, until the end; one that is there is left.
@@ -54,7 +59,9 @@ class KeptEngines:
         Raises:
             SpecError: it never can.
         """
-        if self._found is None or wanted != self._wanted:
+        if self.interrupts.count:
+            raise KeyboardInterrupt  # one that was raised in a finalizer, where Python only prints it
+        if self._found is None or wanted != self._wanted or not self._is_sound():
             self.end()
             self._found = self._stack.enter_context(_ray_for(wanted, interrupts, say=say))
             self._wanted = wanted
@@ -71,20 +78,33 @@ class KeptEngines:
         if found.fleet is None:
             found = replace(found, fleet=start_fleet(found.pools, start_timeout_s=start_timeout_s))
             self._stack.callback(stop_fleet, found.fleet)
-            self._found = found
+            self._found, self._is_used = found, True
         return found.fleet, found.pools
 
     def end(self) -> None:
         """End all that was started; a run after that starts anew."""
         self._wanted = self._found = None
+        self._is_used = False
         self._stack.close()
+
+    def _is_sound(self) -> bool:
+        """Whether a fleet that an earlier run used can still be expected to do another."""
+        if not self._is_used or self._found is None:
+            return True
+        import ray
+
+        try:
+            status = ray.get(self._found.fleet.status.remote(), timeout=STATUS_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            return False
+        return status["verdict"] is None and not any(pool["diagnosis"] for pool in status["pools"])
 
 
 @contextlib.contextmanager
 def kept_engines() -> Iterator[KeptEngines]:
     """Keep what is started in the block until its end; an interrupt between two runs is a KeyboardInterrupt."""
     kept = KeptEngines()
-    with Interrupts().heard():
+    with kept.interrupts.heard():
         try:
             yield kept
         finally:

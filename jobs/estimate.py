@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from cluster.hardware import Hardware, assumed_hardware, seen_hardware
 from cluster.nodes import read_nodes
 from cluster.roofline import TokenTotal, Work
 from jobs.chain import read_chain
-from jobs.estimate_steps import Step, later_steps, whole_work
+from jobs.estimate_steps import Step, columns_of_steps, later_steps, whole_work
 from jobs.gpu_plan import Question, expected_output, plan_gpus
 from jobs.gpu_plan_text import gpu_lines
 from jobs.job_spec import JobSpec
@@ -45,6 +45,8 @@ class _Seen:
     output_limit: list[int] = field(default_factory=list)
     """n x max_tokens of each sound row."""
     errors: Counter[str] = field(default_factory=Counter)
+    chars: Counter[str] = field(default_factory=Counter)
+    """Of the columns that later steps insert into their prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,14 @@ def estimate(job: PreparedJob, *, sample_rows: int, machines: Machines | None = 
     try:
         for index in chosen:
             shard = plan.shard(index)
-            _look(stage(read_shard(plan.files[shard.file_index], shard, job.read_schema)), seen)
+            table = stage(read_shard(plan.files[shard.file_index], shard, job.read_schema))
+            _look(table, seen)
+            _measure(table, job, seen)
     finally:
         stage.close()
     exact = len(chosen) == plan.num_shards
     looked_at = len(seen.input_tokens) + seen.errors.total()
+    mean_chars = {name: count / max(1, looked_at) for name, count in seen.chars.items()}
     input_tokens = total_with_interval(seen.input_tokens, seen.errors.total(), plan.num_rows)
     output_limit = total_with_interval(seen.output_limit, seen.errors.total(), plan.num_rows)
     return {
@@ -92,7 +97,7 @@ def estimate(job: PreparedJob, *, sample_rows: int, machines: Machines | None = 
         "model": job.model.describe(),
         "routing_off_because": job.routing_off_because,
         "fleet": [pool.model_dump(mode="json") for pool in job.spec.fleet.pools],
-        "gpus": _gpus(job, input_tokens, output_limit, machines or Machines()),
+        "gpus": _gpus(job, input_tokens, output_limit, machines or Machines(), mean_chars),
         "fingerprint": fingerprint_digest(job.fingerprint),
     }
 
@@ -102,12 +107,25 @@ def too_many_will_fail(job: PreparedJob, failing: int, looked_at: int) -> bool:
     return failing > job.spec.limits.max_failed_fraction * looked_at
 
 
-def _gpus(job: PreparedJob, inputs: dict[str, int], limit: dict[str, int], machines: Machines) -> dict[str, Any]:
+def _measure(table: pa.Table, job: PreparedJob, seen: _Seen) -> None:
+    if job.spec.synthesize is None:
+        return
+    for name in frozenset[str]().union(*columns_of_steps(job.spec.synthesize)) & set(table.column_names):
+        seen.chars[name] += sum(len(str(value)) for value in table.column(name).to_pylist())
+
+
+def _gpus(
+    job: PreparedJob,
+    inputs: dict[str, int],
+    limit: dict[str, int],
+    machines: Machines,
+    mean_chars: Mapping[str, float],
+) -> dict[str, Any]:
     """What the job would take on GPUs."""
     spec, is_exact = job.spec, job.spec.sampling.ignore_eos
     output = expected_output(TokenTotal(**limit), is_exact=is_exact)
     work = Work(job.plan.num_rows * spec.sampling.n, TokenTotal(**inputs), output)
-    steps = _later(job, work)
+    steps = _later(job, work, mean_chars)
     question = Question(spec.fleet, spec.model, job.model.path, whole_work(work, steps))
     planned = plan_gpus(question, machines.hardware, assumed=machines.assumed)
     return {
@@ -121,13 +139,19 @@ def _gpus(job: PreparedJob, inputs: dict[str, int], limit: dict[str, int], machi
     }
 
 
-def _later(job: PreparedJob, work: Work) -> list[Step]:
+def _later(job: PreparedJob, work: Work, mean_chars: Mapping[str, float]) -> list[Step]:
     """What a synthesis goes on with; samples of a row share its prompt in the run, but each goes on by itself."""
     if job.spec.synthesize is None:
         return []
     n, inputs = job.spec.sampling.n, work.input_tokens
     prompts = TokenTotal(n * inputs.total, n * inputs.low, n * inputs.high)
-    return later_steps(job.spec.synthesize, samples=work.num_sequences, prompts=prompts, answers=work.output_tokens)
+    return later_steps(
+        job.spec.synthesize,
+        samples=work.num_sequences,
+        prompts=prompts,
+        answers=work.output_tokens,
+        column_chars=mean_chars,
+    )
 
 
 def machines_of(spec: JobSpec, assume: Sequence[str], ray: str | None) -> Machines:

@@ -6,13 +6,14 @@ broken records aren't counted: how many break is known only once some have been 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.roofline import TokenTotal, Work
 from jobs.synthesis_judge import judge_prompt
-from pipeline.synthesis_settings import SynthesisSettings
+from pipeline.jinja_guard import template_columns
+from pipeline.synthesis_settings import TALK, SynthesisSettings
 
 CHARS_PER_TOKEN = 4
 """Of the prompts' own words, which are a small part: of English."""
@@ -30,7 +31,21 @@ class Step:
         return {"step": self.name, "requests": self.work.num_sequences, **_tokens(self.work)}
 
 
-def later_steps(synthesis: SynthesisSettings, *, samples: int, prompts: TokenTotal, answers: TokenTotal) -> list[Step]:
+def columns_of_steps(synthesis: SynthesisSettings) -> tuple[frozenset[str], frozenset[str]]:
+    """Columns that the prompts for the user's messages insert, and those that the judge's inserts."""
+    talk = template_columns(synthesis.conversation.user) if synthesis.conversation is not None else set[str]()
+    judged = template_columns(synthesis.judge.instructions) if synthesis.judge is not None else set[str]()
+    return frozenset(talk - {TALK}), frozenset(judged - {"record"})
+
+
+def later_steps(
+    synthesis: SynthesisSettings,
+    *,
+    samples: int,
+    prompts: TokenTotal,
+    answers: TokenTotal,
+    column_chars: Mapping[str, float] | None = None,
+) -> list[Step]:
     """The steps after the run.
 
     Args:
@@ -38,11 +53,13 @@ def later_steps(synthesis: SynthesisSettings, *, samples: int, prompts: TokenTot
         samples: rows times `sampling.n`; each is taken for a good one.
         prompts: tokens of the first prompts, summed over samples.
         answers: expected tokens of their first answers, likewise.
+        column_chars: mean length of what the later prompts insert, see `columns_of_steps`.
     """
+    inserted = [sum((column_chars or {}).get(name, 0) for name in names) for names in columns_of_steps(synthesis)]
     steps: list[Step] = []
     talk = _each(prompts, answers, lambda prompt, answer: prompt + answer)
     if synthesis.conversation is not None:
-        asking = samples * (len(synthesis.conversation.user) // CHARS_PER_TOKEN)
+        asking = round(samples * (len(synthesis.conversation.user) + inserted[0]) / CHARS_PER_TOKEN)
         inputs = outputs = TokenTotal(0, 0, 0)
         for _ in range(2, 1 + synthesis.conversation.turns):
             # The user's message is asked for with the talk so far, and the answer with that and the message.
@@ -53,7 +70,7 @@ def later_steps(synthesis: SynthesisSettings, *, samples: int, prompts: TokenTot
         requests = 2 * (synthesis.conversation.turns - 1) * samples
         steps.append(Step("turns", Work(requests, inputs, outputs)))
     if synthesis.judge is not None:
-        words = samples * (len(judge_prompt(synthesis.judge)) // CHARS_PER_TOKEN)
+        words = round(samples * (len(judge_prompt(synthesis.judge)) + inserted[1]) / CHARS_PER_TOKEN)
         record = answers if synthesis.conversation is None else talk
         scores = TokenTotal(samples, samples, samples)
         steps.append(Step("judge", Work(samples, _each(record, record, lambda tokens, _: tokens + words), scores)))

@@ -40,10 +40,10 @@ def _exit_code(command: Callable[[], object]) -> int:
     except SystemExit as end:
         # Typer turns Ctrl-C into this. Once rows are being done, `jobs.supervise` handles it, so none is yet.
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
-            print("interrupted before any row was done; rerun the same command", file=sys.stderr)
+            print("interrupted; what is committed is safe: rerun the same command", file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:  # of a command that isn't Typer's
-        print("interrupted before any row was done; rerun the same command", file=sys.stderr)
+        print("interrupted; what is committed is safe: rerun the same command", file=sys.stderr)
         return 130
     except Exception as error:  # noqa: BLE001
         # The last boundary: Python's own exit code 1 would read as "done, with too many failed rows".

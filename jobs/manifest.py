@@ -7,6 +7,7 @@ from pathlib import Path
 from cluster.manifests import Job, manifest
 from jobs.fleet_file_source import load_fleet_file, read_yaml_text
 from jobs.spec import parse_spec
+from jobs.submission import files_to_send
 from pipeline.errors import SpecError
 
 
@@ -35,5 +36,10 @@ def read_job(path: Path) -> Job:
     """
     text = read_yaml_text(path, cure="`tramontane init` writes one to start from")
     spec = parse_spec(text, name=str(path))
+    if beside := files_to_send(spec):
+        raise SpecError(
+            f"{path} names {', '.join(beside)}, which a manifest doesn't hold; put what it says into the spec, use a "
+            "URL, or let `tramontane submit` send it along"
+        )
     paths = [spec.input.path] if isinstance(spec.input.path, str) else spec.input.path
     return Job(text, spec.fleet, paths, spec.output.path, does_what_is_new=spec.input.new == "since_last_run")

@@ -35,16 +35,16 @@ from pipeline.errors import SpecError
 from pipeline.settings import Settings
 
 
-def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """Read and validate a spec.
+def load_spec(path: str | Path, overrides: Sequence[str] = (), *, runs_files: bool = True) -> JobSpec:
+    """Read and validate a spec; without `runs_files` less its models' schemas, for who needs name and places only.
 
     Raises:
         SpecError: the file can't be read, or anything in it or in an override is wrong; the message shows all of it.
     """
-    return parse_spec(_read(Path(path)), name=str(path), overrides=overrides)
+    return parse_spec(_read(Path(path)), name=str(path), overrides=overrides, runs_files=runs_files)
 
 
-def parse_spec(text: str, *, name: str, overrides: Sequence[str] = ()) -> JobSpec:
+def parse_spec(text: str, *, name: str, overrides: Sequence[str] = (), runs_files: bool = True) -> JobSpec:
     """Validate the text of a spec; `name` stands for the file in messages.
 
     Raises:
@@ -56,7 +56,7 @@ def parse_spec(text: str, *, name: str, overrides: Sequence[str] = ()) -> JobSpe
         _check_root(document)
     if document.is_whole:
         applied = apply_overrides(document, list(overrides))
-        files, problems = read_model(document.data)
+        files, problems = read_model(document.data, runs_files=runs_files)
         document.problems += problems
         spec = _validate(document)
         if spec is not None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.errors import PydanticUserError
 
 from jobs.yaml_source import FieldPath, Problem
 
@@ -28,14 +27,17 @@ class _NoModelError(Exception):
     """Carries what is wrong, and the cure."""
 
 
-def read_model(data: dict[str, Any]) -> tuple[list[str], list[Problem]]:
+def read_model(data: dict[str, Any], *, runs_files: bool) -> tuple[list[str], list[Problem]]:
     """Put the schema in the place of the model's name; returns the files that were read, and what is wrong.
 
-    What is wrong is taken out of `data`, so that nothing else is said of it.
+    What is wrong is taken out of `data`, so that nothing else is said of it; without `runs_files` any name is.
     """
     sampling = data.get("sampling")
     named = sampling.get("json_schema") if isinstance(sampling, dict) else None
     if not isinstance(sampling, dict) or not isinstance(named, str):
+        return [], []
+    if not runs_files:
+        sampling["json_schema"] = None
         return [], []
     try:
         file, schema = _schema(named)
@@ -57,15 +59,15 @@ def _schema(named: str) -> tuple[str, dict[str, Any]]:
         model = getattr(_module(file), name, None)
     except FileNotFoundError:
         raise _NoModelError(f"there is no file {file}", _HOW) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an exit code of the file's would pass for the command's
         message = f"{file} can't be run: {type(error).__name__}: {error}"
-        raise _NoModelError(message[:500], f"mend it; `python {file}` shows where") from error
+        raise _NoModelError(message[:500], "mend it; it has to stand alone, without other files of yours") from error
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         raise _NoModelError(f"{file} has no pydantic model {name!r}", _HOW)
     try:
         return file, model.model_json_schema()
-    except PydanticUserError as error:  # e.g. of a field that may be anything callable
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # e.g. of a field that is a function, or of BaseModel itself
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _NoModelError(f"{named} has no JSON schema: {reason}", "use fields that JSON can hold") from error
 
 

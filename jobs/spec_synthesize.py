@@ -85,8 +85,8 @@ def _check_conversation(given: Mapping[str, Any], synthesis: SynthesisSettings) 
         return
     yield from check_template((SYNTHESIZE, "conversation", "user"), synthesis.conversation.user)
     section = given.get("sampling")
-    for name in ("json_schema", "column"):
-        if isinstance(section, dict) and section.get(name) is not None:
+    for name in ("json_schema", "json_object", "column"):
+        if isinstance(section, dict) and section.get(name) not in (None, False):
             message = f"a conversation takes no `sampling.{name}`"
             yield Problem(("sampling", name), message, hint="leave it out, or `synthesize.conversation`", on_key=True)
 

@@ -76,7 +76,7 @@ def job_output_of(text: str) -> str:
     if text.endswith((".yaml", ".yml")) and Path(text).is_file():
         from jobs.spec import load_spec
 
-        return load_spec(text).output.path
+        return load_spec(text, runs_files=False).output.path
     return text
 
 

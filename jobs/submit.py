@@ -109,7 +109,7 @@ def find(jobs: JobsApi, word: str) -> SubmittedJob:
     """
     if not (word.endswith((".yaml", ".yml")) and Path(word).is_file()):
         return jobs.job(word)
-    found = submissions(identity(load_spec(word)), jobs.jobs().values())
+    found = submissions(identity(load_spec(word, runs_files=False)), jobs.jobs().values())
     if not found:
         raise SpecError(f"{word} wasn't submitted to {jobs.address} with this name and output; see `tramontane list`")
     return found[-1]

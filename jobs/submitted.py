@@ -19,6 +19,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from jobs.advisories import installed_versions
 from jobs.doctor import examine_job
@@ -126,19 +127,18 @@ def _arguments() -> argparse.Namespace:
 
 
 def _run(spec: JobSpec, arguments: argparse.Namespace) -> int:
-    from jobs.prepare import prepare
-    from jobs.report import closing_lines, id_warnings
-    from jobs.run import RunOptions, run_job
+    from jobs.report import closing_lines
+    from jobs.run import RunOptions
+    from jobs.whole_job import run_whole
 
     began = datetime.now(UTC)
-    job = prepare(spec)
-    for line in id_warnings(job):
-        _say(line)
+
+    def close(job: Any, summary: Any) -> None:
+        for line in closing_lines(job, summary, spec_words=[], began=began)[:-1]:  # what to do next, `submit` says
+            _say(line)
+
     options = RunOptions(retry_failed=arguments.retry_failed, ray=os.environ["RAY_ADDRESS"], run_id=arguments.id)
-    summary = run_job(job, options, say=_say)
-    for line in closing_lines(job, summary, spec_words=[], began=began)[:-1]:  # what to do next, `submit` says
-        _say(line)
-    return int(summary["exit_code"])
+    return int(run_whole(spec, options, say=_say, finished=close)["exit_code"])
 
 
 def _installed(requirements: Sequence[str]) -> dict[str, str | None]:

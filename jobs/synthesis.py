@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from cluster.pools import PoolPlan
@@ -16,11 +16,10 @@ from jobs.engines import KeptEngines, kept_engines
 from jobs.prepare import PreparedJob
 from jobs.run import RunOptions, run_job
 from jobs.summary import SUMMARY
-from jobs.synthesis_answers import Answer, Key
-from jobs.synthesis_judge import Judgement, judge, judge_prompt
-from jobs.synthesis_records import write_candidates, write_records
-from jobs.synthesis_rounds import RoundEnded, RunStep, ask_again
-from jobs.synthesis_turns import Talks, conversation_name, converse
+from jobs.synthesis_judge import judge
+from jobs.synthesis_records import candidates, write_records
+from jobs.synthesis_rounds import RoundEnded, ask_again
+from jobs.synthesis_turns import Talks, converse
 from pipeline.lease import acquire_lease
 from pipeline.ledger import Ledger
 from pipeline.storage import Store
@@ -64,15 +63,16 @@ def _records_of(
     if (done := _report(store, key)) is not None:
         return summary | {"synthesis": done}
     with acquire_lease(store, run_id=summary["run_id"]) as lease:
-        how = RunOptions(quiet=options.quiet, ray=options.ray)
+        # What failed in a step that was finished stays so, or all steps after it would begin anew.
+        how = RunOptions(retry_failed=False, quiet=options.quiet, ray=options.ray)
 
         def step(asked: PreparedJob) -> dict[str, Any]:
             return run(asked, how)
 
         try:
             later, rounds = ask_again(job, store, step)
-            talks = _talks(job, store, later, rounds, step)
-            judgement = _judgement(job, store, talks, rounds, step)
+            talks = converse(Talks(job, store, later, Ledger(store).plan.files), step)
+            judgement = judge(job, lambda: candidates(job, talks), step)
         except RoundEnded as ended:
             return summary | {name: ended.summary[name] for name in ("status", "exit_code")}
         kept.end()  # what is left takes no GPU
@@ -82,35 +82,6 @@ def _records_of(
         lease.check()
         store.put(REPORT, json.dumps({"key": key, "synthesis": synthesis}, indent=1).encode())
     return summary | {"synthesis": synthesis}
-
-
-def _talks(
-    job: PreparedJob, store: Store, later: Mapping[Key, Answer], rounds: list[dict[str, Any]], run: RunStep
-) -> Talks:
-    """The answers as they stand, with all turns of a conversation."""
-    talks = Talks(job, store, later, Ledger(store).plan.files)
-    settings = job.spec.synthesize.conversation if job.spec.synthesize is not None else None
-    if settings is None:
-        return talks
-    return converse(job, talks, conversation_name(_said(store, rounds), settings), run)
-
-
-def _said(store: Store, rounds: list[dict[str, Any]]) -> bytes:
-    """Changes with the run's results and those of its rounds."""
-    return store.read(SUMMARY) + json.dumps([each["output"] for each in rounds]).encode()
-
-
-def _judgement(
-    job: PreparedJob, store: Store, talks: Talks, rounds: list[dict[str, Any]], run: RunStep
-) -> Judgement | None:
-    """What the judge says of all that could be a record; None without one. Its run is named after what it is asked."""
-    settings = job.spec.synthesize
-    if settings is None or settings.judge is None:
-        return None
-    what = {"filters", "duplicates"} | ({"conversation"} if settings.conversation is not None else set())
-    asked = settings.model_dump_json(include=what) + judge_prompt(settings.judge)
-    name = hashlib.sha256(_said(store, rounds) + asked.encode()).hexdigest()[:12]
-    return judge(job, name, lambda folder, there: write_candidates(job, there, talks, folder), run)
 
 
 def _report(store: Store, key: str) -> dict[str, Any] | None:

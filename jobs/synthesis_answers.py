@@ -33,6 +33,8 @@ class Answer:
     """What is wrong with it; None for nothing."""
     num_rounds: int = 0
     """How often it was asked for again."""
+    words: str | None = None
+    """What of the text was generated, where that isn't all of it."""
 
     @property
     def name(self) -> str:

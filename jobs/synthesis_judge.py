@@ -6,8 +6,14 @@ where it stopped. Invariant: whatever it answers, a record ends with a score or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jobs.job_spec import JobSpec
 from jobs.prepare import PreparedJob, prepare
@@ -36,6 +42,9 @@ class Judged:
     """Why there is no score."""
 
 
+NOT_ASKED = Judged(None, "it wasn't asked about")
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """All that the judge said, read part by part."""
@@ -56,19 +65,32 @@ class Judgement:
         return found
 
 
-def judge(job: PreparedJob, name: str, write_candidates: Callable[[str, Store], int], run: RunStep) -> Judgement:
-    """Have the records judged that `write_candidates` puts into the folder it is given.
+def judge(job: PreparedJob, candidates: Callable[[], Iterator[tuple[str, pa.Table]]], run: RunStep) -> Judgement | None:
+    """Have all candidates judged; None without a judge.
+
+    Args:
+        job: the synthesis.
+        candidates: goes through the records to be judged, part by part; called twice, as the name has to come first.
+        run: does a run.
 
     Raises:
         RoundEnded: the run ended early; the same command goes on with it.
     """
     store = Store(job.spec.output.path)
     settings = job.spec.synthesize.judge if job.spec.synthesize is not None else None
-    folder = f"{FOLDER}/{name}"
-    output = Store(f"{store.root.rstrip('/')}/{folder}/scores")
-    if settings is None or not write_candidates(f"{folder}/records", store):
+    if settings is None:
+        return None
+    folder = f"{FOLDER}/{_name(settings, candidates())}"
+    root = f"{store.root.rstrip('/')}/{folder}"
+    there, is_any = set(store.list(f"{folder}/records")), False
+    for part_name, table in candidates():
+        is_any = True
+        if part_name not in there:  # left as it is when it is there: its time counts as a change
+            store.put(f"{folder}/records/{part_name}", encoded(table))
+    output = Store(f"{root}/scores")
+    if not is_any:
         return Judgement(output)
-    summary = run(prepare(_judge_spec(job.spec, settings, f"{store.root.rstrip('/')}/{folder}/records", output.root)))
+    summary = run(prepare(_judge_spec(job.spec, settings, f"{root}/records", output.root)))
     if summary["exit_code"] != 0:
         raise RoundEnded(summary)
     plan = Ledger(output).plan
@@ -76,6 +98,20 @@ def judge(job: PreparedJob, name: str, write_candidates: Callable[[str, Store], 
     for shard in plan:
         parts.setdefault(plan.files[shard.file_index].path.rpartition("/")[2], []).append(shard)
     return Judgement(output, parts)
+
+
+def encoded(table: pa.Table) -> bytes:
+    """As a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _name(settings: JudgeSettings, candidates: Iterator[tuple[str, pa.Table]]) -> str:
+    digest = hashlib.sha256(judge_prompt(settings).encode())
+    for part_name, table in candidates:
+        digest.update(json.dumps([part_name, table.select([*SOURCE, "record"]).to_pydict()]).encode())
+    return digest.hexdigest()[:12]
 
 
 def judge_prompt(settings: JudgeSettings) -> str:

@@ -24,11 +24,6 @@ def refuse_what_records_lack(synthesis: SynthesisSettings, columns: list[str]) -
                 f"synthesize.filters.languages: {code!r} is no language that can be found; use some of "
                 f"{', '.join(sorted(known))}"
             )
-    if synthesis.conversation is not None and TALK in columns:
-        raise SpecError(
-            f"column {TALK!r} has the name of the talk so far in synthesize.conversation.user; rename it, or list the "
-            "columns to carry in `output.keep`, without it"
-        )
     wanted = template_columns(synthesis.judge.instructions) if synthesis.judge is not None else frozenset[str]()
     for name in sorted(wanted - {"record", *columns}):
         raise SpecError(

@@ -9,19 +9,17 @@ Guarantees:
 
 from __future__ import annotations
 
-import io
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jobs.prepare import PreparedJob
-from jobs.synthesis_judge import Judgement
+from jobs.synthesis_judge import NOT_ASKED, Judgement, encoded
 from jobs.synthesis_turns import Talks, read_talks
-from jobs.synthesis_verdicts import Sieve, Weighed, record_text
+from jobs.synthesis_verdicts import Sieve, Weighed, said_text
 from pipeline.diversity import DiversitySample
 from pipeline.record_fields import DROPPED_FIELDS, RECORD_FIELDS, SCORE
 from pipeline.rows import result_fields
@@ -46,13 +44,14 @@ def write_records(job: PreparedJob, store: Store, talks: Talks, judgement: Judge
     written: set[tuple[str, str]] = set()
     for shard, part, answers in read_talks(talks):
         found = judgement.of_part(shard.part_name) if judgement is not None else {}
-        weighed = [sieve.weigh(row, answer, found.get(answer.key)) for row, answer in answers]
+        unasked = NOT_ASKED if judgement is not None else None
+        weighed = [sieve.weigh(row, answer, found.get(answer.key, unasked)) for row, answer in answers]
         _count(tally, part, weighed, job)
         for folder in (RECORDS, DROPPED):
             chosen = [each for each in weighed if (each.verdict is None) == (folder == RECORDS)]
             if chosen:
                 table = _table(part, chosen, scored=judgement is not None, dropped=folder == DROPPED)
-                store.put(f"{folder}/{shard.part_name}", _encoded(table))
+                store.put(f"{folder}/{shard.part_name}", encoded(table))
                 written.add((folder, shard.part_name))
     for folder, name in before:
         if (folder, name) not in written:
@@ -60,15 +59,13 @@ def write_records(job: PreparedJob, store: Store, talks: Talks, judgement: Judge
     return _report(job, tally, judged=judgement is not None)
 
 
-def write_candidates(job: PreparedJob, store: Store, talks: Talks, folder: str) -> int:
-    """Write what would be records without a judge, part by part; returns how many. Files that are there are left."""
-    sieve, there, total = Sieve(job), store.list(folder), 0
+def candidates(job: PreparedJob, talks: Talks) -> Iterator[tuple[str, pa.Table]]:
+    """What would be records without a judge, of each part that has some, by its name."""
+    sieve = Sieve(job)
     for shard, part, answers in read_talks(talks):
         chosen = [each for each in (sieve.weigh(row, answer) for row, answer in answers) if each.verdict is None]
-        total += len(chosen)
-        if chosen and shard.part_name not in there:
-            store.put(f"{folder}/{shard.part_name}", _encoded(_table(part, chosen, scored=False, dropped=False)))
-    return total
+        if chosen:
+            yield shard.part_name, _table(part, chosen, scored=False, dropped=False)
 
 
 def _count(tally: _Tally, part: pa.Table, weighed: Sequence[Weighed], job: PreparedJob) -> None:
@@ -81,7 +78,7 @@ def _count(tally: _Tally, part: pa.Table, weighed: Sequence[Weighed], job: Prepa
             tally.dropped[each.verdict.reason] += 1
             continue
         tally.kept += 1
-        tally.sample.add(each.answer.name, record_text(each.answer.text or ""))
+        tally.sample.add(each.answer.name, said_text(each.answer))
         for name, values in drawn.items():
             tally.drawn[name][values[each.row]] += 1
 
@@ -117,9 +114,3 @@ def _table(part: pa.Table, chosen: Sequence[Weighed], *, scored: bool, dropped: 
         reasons = [getattr(each.verdict, column.name) for each in chosen]
         table = table.append_column(column, pa.array(reasons, pa.string()))
     return table
-
-
-def _encoded(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()

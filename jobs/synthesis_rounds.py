@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jobs.execute import job_seed
@@ -21,7 +21,7 @@ from pipeline.read import read_shard
 from pipeline.record_fields import SOURCE
 from pipeline.rows import ROW, SAMPLING
 from pipeline.sampling import row_seed
-from pipeline.settings import InputSettings, PromptSettings
+from pipeline.settings import Example, InputSettings, PromptSettings
 from pipeline.storage import Store
 from pipeline.templating import TemplateStage
 
@@ -113,7 +113,7 @@ def _override(spec: JobSpec, resolved: str | None, seed: int) -> dict[str, Any]:
     return {name: value for name, value in own.items() if name not in _PER_JOB and value != base[name]} | {"seed": seed}
 
 
-def questions_spec(spec: JobSpec, questions: str, output: str) -> JobSpec:
+def questions_spec(spec: JobSpec, questions: str, output: str, *, examples: Sequence[Example] = ()) -> JobSpec:
     """A run with the job's model and sampling over chats that a step of a synthesis has written."""
     sampling = spec.sampling.model_copy(update={"n": 1, "column": "sampling"})
     return spec.model_copy(
@@ -121,7 +121,7 @@ def questions_spec(spec: JobSpec, questions: str, output: str) -> JobSpec:
             "kind": "complete",
             "synthesize": None,
             "input": InputSettings(path=questions),
-            "prompt": PromptSettings(messages="messages", marker_text=spec.prompt.marker_text),
+            "prompt": PromptSettings(messages="messages", marker_text=spec.prompt.marker_text, examples=list(examples)),
             "sampling": sampling,
             "output": spec.output.model_copy(update={"path": output, "keep": list(SOURCE), "resume": "if_possible"}),
             "limits": spec.limits.model_copy(update={"max_failed_fraction": 1.0}),

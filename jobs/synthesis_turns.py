@@ -34,7 +34,7 @@ from pipeline.synthesis_settings import TALK, ConversationSettings
 from pipeline.templating import TemplateStage
 
 FOLDER = "turns"
-_SAID = {"user": "User", "assistant": "Assistant", "system": "System"}
+_SAID = {"user": "User", "assistant": "Assistant"}
 
 Talk = tuple[Message, ...]
 
@@ -47,7 +47,7 @@ class HalfTurn:
     role: str
     store: Store
     """Of the synthesis."""
-    folder: str
+    folder: str = ""
     parts: Mapping[str, Sequence[Shard]] = field(default_factory=dict)
     """Of each file of questions, the shards with its answers."""
 
@@ -100,10 +100,9 @@ class Talks:
         if not good:
             return {}
         table = self.rows_of(shard, good)
-        chats = dict(zip(table.column(ROW).to_pylist(), stage.chats(table), strict=True))
-        shown = 2 * len(self.job.spec.prompt.examples)  # examples are ours, not the talk's
+        chats = dict(zip(table.column(ROW).to_pylist(), stage.chats(table, folded=False), strict=True))
         return {
-            answer.key: (*chat[shown:], Message("assistant", answer.text or ""))
+            answer.key: (*chat, Message("assistant", answer.text or ""))
             for answer in good
             if (chat := chats[answer.key[1]]) is not None
         }
@@ -121,10 +120,12 @@ class Talks:
         ends = [(half, half.answers_of(shard.part_name)) for half in self.halves]
         return [(row, self._told(answer, talks.get(answer.key), ends)) for row, answer in answers]
 
-    @staticmethod
-    def _told(answer: Answer, talk: Talk | None, ends: Sequence[tuple[HalfTurn, Mapping[Key, Answer]]]) -> Answer:
+    def _told(self, answer: Answer, talk: Talk | None, ends: Sequence[tuple[HalfTurn, Mapping[Key, Answer]]]) -> Answer:
         if talk is not None:
-            return replace(answer, text=json.dumps(_as_turns(talk), ensure_ascii=False))
+            words = "\n".join(
+                message.content for message in talk[-1 - len(self.halves) :]
+            )  # the prompt isn't of its own
+            return replace(answer, text=json.dumps(_as_turns(talk), ensure_ascii=False), words=words)
         for where, found in (("turn 1", answer), *((half.name, said.get(answer.key)) for half, said in ends)):
             if found is None:
                 return replace(answer, status="failed", problem=f"{where}: it couldn't be asked for")
@@ -135,17 +136,16 @@ class Talks:
         return replace(answer, status="failed", problem="turn 1: its prompt can't be made again")
 
 
-def converse(job: PreparedJob, talks: Talks, name: str, run: RunStep) -> Talks:
-    """Do all turns after the first; `name` changes with everything that they follow from.
+def converse(talks: Talks, run: RunStep) -> Talks:
+    """Do all turns after the first.
 
     Raises:
         RoundEnded: a run ended early; the same command goes on with it.
     """
-    settings = job.spec.synthesize.conversation if job.spec.synthesize is not None else None
+    settings = _settings(talks.job)
     for turn in range(2, 1 + (settings.turns if settings is not None else 1)):
         for role in ("user", "assistant"):
-            half = _half_turn(job, talks, HalfTurn(turn, role, talks.store, f"{FOLDER}/{name}/{turn}-{role}"), run)
-            talks = replace(talks, halves=(*talks.halves, half))
+            talks = replace(talks, halves=(*talks.halves, _half_turn(talks, HalfTurn(turn, role, talks.store), run)))
     return talks
 
 
@@ -155,22 +155,28 @@ def read_talks(talks: Talks) -> Iterator[tuple[Shard, pa.Table, list[tuple[int, 
     if talks.job.spec.synthesize is None or talks.job.spec.synthesize.conversation is None:
         yield from answered
         return
-    with contextlib.closing(TemplateStage(talks.job.template)) as stage:
+    with contextlib.closing(_talk_stage(talks.job)) as stage:
         for shard, part, answers in answered:
             yield shard, part, talks.told(shard, answers, stage)
 
 
-def conversation_name(said: bytes, settings: ConversationSettings) -> str:
-    """Name of all turns that follow from `said`, the answers before; another number of turns keeps those there are."""
-    return hashlib.sha256(said + settings.user.encode()).hexdigest()[:12]
+def _settings(job: PreparedJob) -> ConversationSettings | None:
+    return job.spec.synthesize.conversation if job.spec.synthesize is not None else None
 
 
-def _half_turn(job: PreparedJob, talks: Talks, half: HalfTurn, run: RunStep) -> HalfTurn:
-    if not _write_questions(job, talks, half):
+def _talk_stage(job: PreparedJob) -> TemplateStage:
+    """Makes the job's prompts without its examples, which are shown each time and belong to no talk."""
+    return TemplateStage(replace(job.template, prompt=job.template.prompt.model_copy(update={"examples": []})))
+
+
+def _half_turn(talks: Talks, half: HalfTurn, run: RunStep) -> HalfTurn:
+    half = _written(talks, half)
+    if not half.folder:
         return half
-    root = talks.store.root.rstrip("/")
-    spec = questions_spec(job.spec, f"{root}/{half.folder}/questions", half.answers.root)
-    summary = run(prepare(spec))
+    spec, root = talks.job.spec, talks.store.root.rstrip("/")
+    examples = spec.prompt.examples if half.role == "assistant" else ()
+    questions = f"{root}/{half.folder}/questions"
+    summary = run(prepare(questions_spec(spec, questions, half.answers.root, examples=examples)))
     if summary["exit_code"] != 0:
         raise RoundEnded(summary)
     plan = Ledger(half.answers).plan
@@ -181,27 +187,37 @@ def _half_turn(job: PreparedJob, talks: Talks, half: HalfTurn, run: RunStep) -> 
     return replace(half, parts=parts)
 
 
-def _write_questions(job: PreparedJob, talks: Talks, half: HalfTurn) -> int:
-    """Write a line for each talk that goes on, part by part; returns how many. Files that are there are left."""
-    seed, there, total = job_seed(talks.store, job.spec.sampling.seed), talks.store.list(f"{half.folder}/questions"), 0
-    with contextlib.closing(_Asker(job, talks, half, seed)) as asker:
-        for shard, _, answers in read_answers(talks.store, talks.later):
-            lines = asker.lines(shard, answers)
-            total += len(lines)
-            name = _file_of(shard.part_name)
-            if lines and name not in there:
-                talks.store.put(f"{half.folder}/questions/{name}", "".join(lines).encode())
-    return total
+def _written(talks: Talks, half: HalfTurn) -> HalfTurn:
+    """Write a line for each talk that goes on, part by part, into a folder that is named after all of them; the half
+    turn with that folder, or without one where no talk goes on.
+
+    Twice over the answers, for the name has to be known first; files that are there are left: their time would count as
+    a change.
+    """
+    digest, any_line = hashlib.sha256(), False
+    with contextlib.closing(_Asker(talks, half)) as asker:
+        for part_name, lines in asker.questions():
+            digest.update(f"{part_name}\n{lines}".encode())
+            any_line = True
+        if not any_line:
+            return half
+        half = replace(half, folder=f"{FOLDER}/{half.turn}-{half.role}-{digest.hexdigest()[:12]}")
+        there = set(talks.store.list(f"{half.folder}/questions"))
+        for part_name, lines in asker.questions():
+            if _file_of(part_name) not in there:
+                talks.store.put(f"{half.folder}/questions/{_file_of(part_name)}", lines.encode())
+    return half
 
 
 class _Asker:
     """Makes the questions of one half turn."""
 
-    def __init__(self, job: PreparedJob, talks: Talks, half: HalfTurn, seed: int) -> None:
-        self._job, self._talks, self._half, self._seed = job, talks, half, seed
-        self._first = TemplateStage(job.template)
+    def __init__(self, talks: Talks, half: HalfTurn) -> None:
+        job, settings = talks.job, _settings(talks.job)
+        self._job, self._talks, self._half = job, talks, half
+        self._seed = job_seed(talks.store, job.spec.sampling.seed)
+        self._first = _talk_stage(job)
         self._user: TemplateStage | None = None
-        settings = job.spec.synthesize.conversation if job.spec.synthesize is not None else None
         if half.role == "user" and settings is not None:
             prompt = PromptSettings(template=settings.user, marker_text=job.spec.prompt.marker_text)
             self._user = TemplateStage(replace(job.template, prompt=prompt))
@@ -211,7 +227,13 @@ class _Asker:
         if self._user is not None:
             self._user.close()
 
-    def lines(self, shard: Shard, answers: Sequence[tuple[int, Answer]]) -> list[str]:
+    def questions(self) -> Iterator[tuple[str, str]]:
+        """Of each part with talks that go on its name, and their questions, one a line."""
+        for shard, _, answers in read_answers(self._talks.store, self._talks.later):
+            if lines := self._lines(shard, answers):
+                yield shard.part_name, "".join(lines)
+
+    def _lines(self, shard: Shard, answers: Sequence[tuple[int, Answer]]) -> list[str]:
         if self._user is not None:
             return self._for_the_user(shard, answers, self._user)
         asked = self._talks.halves[-1]
@@ -231,6 +253,7 @@ class _Asker:
         table = self._talks.rows_of(shard, good)
         places = {row: place for place, row in enumerate(table.column(ROW).to_pylist())}
         each = table.take(pa.array([places[answer.key[1]] for answer in good], pa.int64()))
+        each = each.drop_columns([TALK] if TALK in each.column_names else [])
         each = each.append_column(TALK, pa.array([_as_text(talks[answer.key]) for answer in good], pa.string()))
         chats = zip(good, stage.chats(each), strict=True)
         return [self._line(answer.key, chat) for answer, chat in chats if chat is not None]
@@ -268,4 +291,6 @@ def _as_turns(talk: Talk) -> list[dict[str, str]]:
 
 
 def _as_text(talk: Talk) -> str:
-    return "\n\n".join(f"{_SAID[message.role]}: {message.content}" for message in talk)
+    """As the simulated user sees it: what the assistant was told beforehand isn't for it."""
+    said = [message for message in talk if message.role in _SAID]
+    return "\n\n".join(f"{_SAID[message.role]}: {message.content}" for message in said)

@@ -72,15 +72,20 @@ class Sieve:
             return Verdict(answer.status, answer.problem)
         if self._schema is not None and (broken := violation(answer.text, self._schema)) is not None:
             return Verdict("invalid", broken)
-        text = record_text(answer.text)
+        text = said_text(answer)
         if (unwanted := unwanted_because(text, self._filters)) is not None:
             return unwanted
         found = self._finder.check(answer.name, text)
         return None if found is None else Verdict(found[0], f"Jaccard {found[2]:.3f}", found[1])
 
 
+def said_text(answer: Answer) -> str:
+    """What filters, doubles and diversity look at: what was generated, and not the prompt that a talk begins with."""
+    return record_text(answer.text or "") if answer.words is None else answer.words
+
+
 def record_text(record: str) -> str:
-    """What a record says: of JSON all its strings, one a line, but for keys and roles, which all records share."""
+    """What a record says: of JSON all its strings, one a line; keys are the same in all records."""
     try:
         value = json.loads(record)
     except ValueError:
@@ -113,8 +118,5 @@ def _strings(value: Any) -> Iterator[str]:
         each = stack.pop()
         if isinstance(each, str):
             yield each
-        if isinstance(each, dict):
-            children = [each["content"]] if each.keys() == {"role", "content"} else [*each.values()]
-        else:
-            children = each if isinstance(each, list) else []
+        children = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
         stack += reversed([*children])

@@ -118,16 +118,20 @@ class TemplateStage:
         """Return `table` with the columns that its rows draw, if the job has any."""
         return table if self._settings.samplers is None else self._settings.samplers.add_columns(table)
 
-    def chats(self, table: pa.Table) -> list[tuple[Message, ...] | None]:
-        """Each row's chat as it is before encoding; None for a row that has none. The table is as it was read."""
+    def chats(self, table: pa.Table, *, folded: bool = True) -> list[tuple[Message, ...] | None]:
+        """Each row's chat as it is before encoding; None for a row that has none. The table is as it was read.
+
+        Without `folded` a system message stays one, also where the model has no place for it.
+        """
         table = self.with_samplers(table)
         chats = _column(table, self._settings.prompt.messages)
         rendered = self._renderer.render(table) if self._renderer is not None else [[]] * table.num_rows
         found: list[tuple[Message, ...] | None] = []
         for messages, texts in zip(chats, rendered, strict=True):
             try:
-                whole = None if isinstance(texts, RowError) else self._chat(_readable(messages, "bad_messages"), texts)
-                found.append(whole.messages if whole is not None else None)
+                if isinstance(texts, RowError):
+                    raise texts
+                found.append(self._chat(_readable(messages, "bad_messages"), texts, folded=folded).messages)
             except RowError:
                 found.append(None)
         return found
@@ -200,11 +204,11 @@ class TemplateStage:
         text = self._base_json if sampling is self._base_sampling else sampling_to_json(sampling)
         return _Prompt(ids=encoded.ids, sampling=text, repairs=(*chat.repairs, *encoded.repairs))
 
-    def _chat(self, messages: Any, texts: list[str]) -> Chat:
+    def _chat(self, messages: Any, texts: list[str], *, folded: bool = True) -> Chat:
         prompt = self._settings.prompt
         system = texts[-1] if self._system_is_rendered else prompt.system
         turns = row_messages(messages) if prompt.template is None else user_message(texts[0])
-        return build_chat(turns, prompt, system=system, fold_system=self._encoder.folds_system)
+        return build_chat(turns, prompt, system=system, fold_system=folded and self._encoder.folds_system)
 
     def _least_tokens(self, chat: Chat) -> int | None:
         """A lower bound of the prompt's tokens without encoding it: a 1 MB prompt must not cost its tokenization."""

@@ -207,7 +207,7 @@ def test_ctrl_c_before_the_first_row_is_exit_130_and_says_what_to_do(tmp_path: P
         waiting.send_signal(signal.SIGINT)
         _, said = waiting.communicate(timeout=60)
     assert waiting.returncode == 130
-    assert said == "interrupted before any row was done; rerun the same command\n"
+    assert said == "interrupted; what is committed is safe: rerun the same command\n"
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,19 @@ def test_a_talks_prompts_grow_by_each_turn() -> None:
 
 def test_a_judge_reads_each_record_and_says_a_score() -> None:
     [judge] = later_steps(SynthesisSettings(judge=JUDGE), samples=10, prompts=PROMPTS, answers=ANSWERS)
-    assert judge.work.input_tokens.total == 500 + 10 * (len(judge_prompt(JUDGE)) // 4)
+    assert judge.work.input_tokens.total == 500 + round(10 * len(judge_prompt(JUDGE)) / 4)
     assert judge.work.output_tokens.total == 10
     both = later_steps(SynthesisSettings(judge=JUDGE, conversation=TALK), samples=10, prompts=PROMPTS, answers=ANSWERS)
     assert both[1].work.input_tokens.total - judge.work.input_tokens.total == 3500 - 500, "it reads the whole talk"
+
+
+def test_what_prompts_insert_is_counted() -> None:
+    settings = JUDGE.model_copy(update={"instructions": "Of {{ page }}: good?"})
+    plain, long = (
+        later_steps(SynthesisSettings(judge=settings), samples=10, prompts=PROMPTS, answers=ANSWERS, column_chars=chars)
+        for chars in ({}, {"page": 4000.0, "other": 9.0})
+    )
+    assert long[0].work.input_tokens.total - plain[0].work.input_tokens.total == 10 * 1000
 
 
 def test_all_of_it_is_added_up_and_a_plain_synthesis_adds_nothing() -> None:
