@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ from urllib.parse import urlsplit
 from jobs.submission import SubmittedJob, submitted_job
 from pipeline.errors import InfrastructureError, SpecError
 
+AGENT_WAIT_S = 30.0
+"""A head that has just come up refuses jobs until its agent is there, some seconds later."""
 TIMEOUT_S = (5.0, 60.0)
 """To connect, and between two bytes of an answer."""
 LOG_ERRORS = (OSError, RuntimeError)
@@ -68,19 +71,25 @@ class JobsApi:
         Raises:
             SpecError: the cluster has seen this id.
         """
-        try:
-            with self._translated():
-                self._client.submit_job(
-                    entrypoint=command,
-                    submission_id=job_id,
-                    runtime_env={"working_dir": folder, "env_vars": dict(variables)},
-                    metadata=dict(metadata),
-                    entrypoint_num_cpus=num_cpus,
-                )
-        except InfrastructureError as error:
-            if "already exists" not in error.message:
-                raise
-            raise SpecError(f"{job_id} was submitted by somebody else meanwhile; see `tramontane list`") from error
+        give_up_at = time.monotonic() + AGENT_WAIT_S
+        while True:
+            try:
+                with self._translated():
+                    self._client.submit_job(
+                        entrypoint=command,
+                        submission_id=job_id,
+                        runtime_env={"working_dir": folder, "env_vars": dict(variables)},
+                        metadata=dict(metadata),
+                        entrypoint_num_cpus=num_cpus,
+                    )
+                return
+            except InfrastructureError as error:
+                if "already exists" in error.message:
+                    said = f"{job_id} was submitted by somebody else meanwhile; see `tramontane list`"
+                    raise SpecError(said) from error
+                if "No available agent" not in error.message or time.monotonic() > give_up_at:
+                    raise
+            time.sleep(1.0)
 
     def job(self, job_id: str) -> SubmittedJob:
         """How a job is.

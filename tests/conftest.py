@@ -25,6 +25,24 @@ settings.register_profile("tests", deadline=None)  # 200 ms by default, which a 
 settings.load_profile("tests")
 
 
+ON_THE_SESSIONS_VLLM = ("real_vllm", "json_on_vllm", "serve_on_vllm", "tensor_parallel", "vllm_over_nodes")
+"""Files of tests/end_to_end that share an engine, see its conftest.py; each process that runs one of them starts it."""
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Test files stay whole, and those on the session's vLLM stay together: its start takes 30 s of a busy core."""
+    from xdist.scheduler.loadfile import LoadFileScheduling
+
+    together = {f"tests/end_to_end/test_{name}.py" for name in ON_THE_SESSIONS_VLLM}
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "vllm" if file in together else file
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """Start an S3 server for the session, point AWS_* of this process (and its children) at it; yield its URL."""

@@ -46,6 +46,7 @@ def test_replicas_that_would_take_the_drivers_last_cpu_go_elsewhere(
             stop_fleet(fleet)
 
 
+@pytest.mark.long
 def test_a_run_with_as_many_cpu_engines_as_there_is_room_for_gets_its_rows_read(
     local_ray: None, tmp_path: Path
 ) -> None:

@@ -115,7 +115,12 @@ def test_bad_rows_are_failed_rows_with_stable_kinds_and_the_neighbours_are_right
 
 
 @pytest.mark.parametrize(
-    ("action", "kind"), [("crash", "engine_crash"), ("hang", "engine_hang"), ("error", "request_error")]
+    ("action", "kind"),
+    [
+        ("crash", "engine_crash"),
+        pytest.param("hang", "engine_hang", marks=pytest.mark.long),
+        pytest.param("error", "request_error", marks=pytest.mark.long),
+    ],
 )
 def test_a_row_that_breaks_its_engine_fails_alone_and_the_run_ends_by_itself(
     tmp_path: Path, action: str, kind: str

@@ -68,6 +68,7 @@ def after_parts(output: str, count: int) -> Callable[[Driver], None]:
     )
 
 
+@pytest.mark.long  # tests/faults/test_commit_crashes.py has the sample: runs killed between two steps of a commit on S3
 def test_killed_driver_resumes_on_s3_without_lost_or_duplicate_rows(
     local_ray: None, tmp_path: Path, s3_bucket: str, new_launcher: Callable[..., DriverLauncher]
 ) -> None:

@@ -294,7 +294,7 @@ TURNS = {"turns": 3, "user": "Be {{ who }}, {{ tone }}. What do you say next?\n\
 
 @pytest.mark.usefixtures("local_ray")
 def test_records_of_several_turns_alternate_and_each_turn_saw_those_before(tmp_path: Path) -> None:
-    rows, output, journal = write_prompts(tmp_path / "in.parquet", 40), tmp_path / "out", tmp_path / "journal"
+    rows, output, journal = write_prompts(tmp_path / "in.parquet", 16), tmp_path / "out", tmp_path / "journal"
     prompt = {"system": "Be brief.", "examples": [{"user": "an example", "assistant": "its answer"}]}
 
     def job(turns: int) -> PreparedJob:
@@ -302,11 +302,11 @@ def test_records_of_several_turns_alternate_and_each_turn_saw_those_before(tmp_p
         sampling = {"json_schema": None, "n": 2, "max_tokens": 12}
         return synthesis_job(rows, output, sampling=sampling, retries=0, conversation=talk, prompt=prompt)
 
-    report = run_scripted(job(3), journaling(journal))["synthesis"]
+    report = run_scripted(job(2), journaling(journal))["synthesis"]
     records, dropped = read_folder(output / "records"), read_folder(output / "dropped")
     assert report["records"] == len(records) > 0
     keys = sorted((row["source_row"], row["source_sample"]) for row in records + dropped)
-    assert keys == [(row, sample) for row in range(40) for sample in range(2)]
+    assert keys == [(row, sample) for row in range(16) for sample in range(2)]
     first = {(row["input_row"], row["sample_index"]): row for row in read_output(output).to_pylist()}
     files = (output / "turns").glob("2-user-*/questions/*")
     questions = [json.loads(line) for path in files for line in path.read_text().splitlines()]
@@ -314,7 +314,7 @@ def test_records_of_several_turns_alternate_and_each_turn_saw_those_before(tmp_p
     for record in records:
         key = record["source_row"], record["source_sample"]
         talk = json.loads(record["record"])
-        assert [message["role"] for message in talk] == ["system", *["user", "assistant"] * 3]
+        assert [message["role"] for message in talk] == ["system", *["user", "assistant"] * 2]
         assert talk.pop(0)["content"] == "Be brief."
         assert talk[0]["content"].endswith(f"question number {key[0]}")
         assert talk[1]["content"] == first[key]["generated_text"]
@@ -328,11 +328,11 @@ def test_records_of_several_turns_alternate_and_each_turn_saw_those_before(tmp_p
     assert len(list(journal.glob("*.log"))) == 1
 
     # What there is isn't asked again for a talk that goes on longer.
-    longer = run_scripted(job(4), journaling(tmp_path / "journal2"))["synthesis"]
-    asked = [path for half in ("4-user", "4-assistant") for path in (output / "turns").glob(f"{half}-*/questions/*")]
+    longer = run_scripted(job(3), journaling(tmp_path / "journal2"))["synthesis"]
+    asked = [path for half in ("3-user", "3-assistant") for path in (output / "turns").glob(f"{half}-*/questions/*")]
     assert num_started(tmp_path / "journal2") == sum(len(path.read_text().splitlines()) for path in asked) > 0
     assert 0 < longer["records"] <= report["records"]
-    assert all(len(json.loads(row["record"])) == 9 for row in read_folder(output / "records"))
+    assert all(len(json.loads(row["record"])) == 7 for row in read_folder(output / "records"))
 
 
 @pytest.mark.long

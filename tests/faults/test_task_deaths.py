@@ -89,6 +89,7 @@ def test_a_task_whose_process_dies_each_time_ends_the_run_instead_of_starting_ag
     check_whole(tmp_path / "out", NUM_ROWS)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_run_whose_dispatch_process_is_killed_ends_in_seconds_and_is_continued_by_the_next(
     local_ray: None, tmp_path: Path, new_launcher: Callable[..., DriverLauncher]

@@ -160,7 +160,7 @@ def failed_part(shard: int, *, every: int = 1) -> pa.Table:
     return pa.table({"input_row": rows, "status": status})
 
 
-@pytest.mark.parametrize(("every", "num_parts"), [(1, 245), (4096, 1225)])
+@pytest.mark.parametrize(("every", "num_parts"), [(1, 245), pytest.param(4096, 2450, marks=pytest.mark.long)])
 def test_rows_to_do_again_cost_the_driver_a_bit_each_however_many_they_are(every: int, num_parts: int) -> None:
     """A million failed rows in 245 parts; and single ones, each in a part of its own."""
     chosen = Selection(("failed",), None)

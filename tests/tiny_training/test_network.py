@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -62,6 +63,7 @@ def test_sampled_softmax_is_the_exact_one_on_average() -> None:
     torch.testing.assert_close(sampled, exact, atol=0.05, rtol=0.02)
 
 
+@pytest.mark.long
 def test_a_resumed_training_ends_with_the_weights_of_one_that_was_not_stopped(tmp_path: Path) -> None:
     def trained(folder: Path, *stops: int) -> dict[str, torch.Tensor]:
         folder.mkdir()
@@ -81,6 +83,7 @@ def test_a_resumed_training_ends_with_the_weights_of_one_that_was_not_stopped(tm
         assert torch.equal(whole[name], resumed[name]), name
 
 
+@pytest.mark.long
 def test_a_finish_starts_from_the_weights_that_were_exported_and_keeps_their_loss_curve(tmp_path: Path) -> None:
     for folder in ("whole", "finished"):
         (tmp_path / folder).mkdir()
