@@ -25,7 +25,8 @@ def cpu_pool(num_cpus: int, fewest: int, most: int | None = None) -> PoolPlan:
     return PoolPlan("cpu", fewest, ScriptedConfig(moe=TINY_MOE), max_num_seqs=8, shape=shape, max_replicas=most)
 
 
-@pytest.mark.parametrize(("fewest", "most"), [pytest.param(2, None, marks=pytest.mark.long), (1, UNBOUNDED)])
+@pytest.mark.long
+@pytest.mark.parametrize(("fewest", "most"), [(2, None), (1, UNBOUNDED)])
 def test_replicas_that_would_take_the_drivers_last_cpu_go_elsewhere(
     local_ray: None, fewest: int, most: int | None
 ) -> None:

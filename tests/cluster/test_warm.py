@@ -199,6 +199,7 @@ def slots() -> list[str]:
     return [group["name"] for group in groups if group["name"].startswith("tramontane/nightly/")]
 
 
+@pytest.mark.long
 def test_what_would_give_other_results_is_refused(warm: Any) -> None:
     digest = fetch_model(MODEL).digest
     Attachment("nightly", MODEL, digest, TINY_MOE).find()

@@ -62,6 +62,7 @@ def test_sampled_rows_are_each_run_and_rows_of_other_sampling_are_no_twins(local
     assert summary["this_execution"]["copied"]["rows"] == 9 + 19
 
 
+@pytest.mark.long
 def test_a_row_that_kills_its_engine_takes_its_twins_with_it_and_nobody_else(local_ray: None, tmp_path: Path) -> None:
     texts = ["this one is poison" if row % 10 == 0 else f"question number {row % 7}" for row in range(100)]
     rows = write_prompts(tmp_path / "in.parquet", 100, text=texts)

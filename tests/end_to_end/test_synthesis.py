@@ -104,10 +104,11 @@ def made(output: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("local_ray")
 def test_500_records_under_a_nested_schema_are_all_valid_and_none_is_lost(tmp_path: Path) -> None:
-    rows = write_prompts(tmp_path / "in.parquet", 250)
+    rows, journal = write_prompts(tmp_path / "in.parquet", 250), tmp_path / "journal"
     output = tmp_path / "out"
-    summary = run_scripted(synthesis_job(rows, output, sampling={"n": 2}))
+    summary = run_scripted(synthesis_job(rows, output, sampling={"n": 2}), journaling(journal))
     check_whole(output, 250)
+    assert len(list(journal.iterdir())) == 1, "the weights were loaded once, for the run and all its rounds"
     records, dropped = read_folder(output / "records"), read_folder(output / "dropped")
     for record in records:
         jsonschema.validate(json.loads(record["record"]), NESTED, format_checker=jsonschema.FormatChecker())
@@ -132,16 +133,6 @@ def test_500_records_under_a_nested_schema_are_all_valid_and_none_is_lost(tmp_pa
     before = snapshot(output / "records")
     assert run_scripted(synthesis_job(rows, output, sampling={"n": 2}))["synthesis"] == report
     assert snapshot(output / "records") == before
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_one_engine_does_the_run_and_all_its_rounds(tmp_path: Path) -> None:
-    rows, journal = write_prompts(tmp_path / "in.parquet", 100), tmp_path / "journal"
-    summary = run_scripted(synthesis_job(rows, tmp_path / "out"), journaling(journal))
-    asked_again = [each["asked_again"] for each in summary["synthesis"]["rounds"]]
-    assert asked_again
-    assert num_started(journal) == 100 + sum(asked_again)
-    assert len(list(journal.iterdir())) == 1, "a log for each process that loaded the weights"
 
 
 def killed_at(launcher: DriverLauncher, spec: Path, moment: Callable[[], bool], what: str) -> None:

@@ -409,6 +409,7 @@ def test_status_names_the_runs_and_shows_the_latest(tmp_path: Path, runs: FakeRu
     assert lines[-1] == f"  {chain.links[-1].claim.folder}  10 rows: done, 0 failed"
 
 
+@pytest.mark.long  # a claim that is made once on S3 is tests/pipeline/test_storage.py's
 def test_on_s3_a_night_cut_short_is_finished_and_a_claim_is_made_once(
     s3_bucket: str, tmp_path: Path, runs: FakeRuns
 ) -> None:

@@ -309,7 +309,7 @@ def test_neighbours_of_many_exploding_rows_are_rendered_and_the_rest_explodes_fa
     began = time.monotonic()
     answers = renderer.render(pa.table({"n": [1] * 8 + [0] + [1] * 4 + [0, 0]}))
     took = (time.monotonic() - began) / wall_slowdown()
-    assert took < 5 * 1.0 + 7 * 0.1 + 4, "12 rows at 1 s each would take 12 s"
+    assert took < 5 * 1.0 + 7 * 0.1 + 6, "12 rows at 1 s each would take 12 s, and as much for new processes"
     good = [place for place, answer in enumerate(answers) if answer == ["ok"]]
     assert good == [8, 13, 14]
     bad = [answer.kind for answer in answers if isinstance(answer, RowError)]
