@@ -130,6 +130,7 @@ def _gpus(
     planned = plan_gpus(question, machines.hardware, assumed=machines.assumed)
     return {
         "cluster": machines.where,
+        "was_looked_at": machines.hardware is not None,
         "notes": list(planned.notes),
         "output_tokens": asdict(output),
         "output_is_exact": is_exact,

@@ -26,7 +26,8 @@ _WIDTHS = (11, 7, 2, 6, 8, 11, 11, 12, 11, 18)
 
 def gpu_lines(report: Mapping[str, Any]) -> Iterator[str]:
     """Lines of the report's `gpus` entry."""
-    yield f"cluster   {report['cluster']}"
+    if report["pools"] or report["notes"] or report["was_looked_at"]:
+        yield f"cluster   {report['cluster']}"
     for note in report["notes"]:
         yield f"note      {note}"
     for step in report["later_steps"]:

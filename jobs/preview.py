@@ -44,7 +44,7 @@ def run_preview(
     rows = pick_rows(job, num_rows)
     work = Work(shards=(), rows=rows)
     execution = Execution(run_id="preview")
-    say(f"preview of {work.num_single_rows} rows of {job.plan.num_rows:,}")
+    say(f"preview of {work.num_single_rows} rows of {job.plan.num_rows:,}; the engine loads first")
     with tempfile.TemporaryDirectory(prefix="tramontane-preview-") as folder:
         interrupts = Interrupts()
         with kept_engines() as engines, interrupts.heard():

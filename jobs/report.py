@@ -47,9 +47,10 @@ def closing_lines(
     counts, tokens, this = summary["counts"], summary["tokens"], summary["this_execution"]
     rates = this["rates"]
     by_status = ", ".join(f"{counts[name]:,} {name}" for name in ("ok", "truncated", "invalid", "failed"))
+    of = f"{counts['output_rows']:,} samples, " if job.spec.sampling.n > 1 else ""
     lines = [
         _headline(summary, began),
-        f"  rows      {counts['committed_rows']:,} of {counts['input_rows']:,} committed: {by_status}",
+        f"  rows      {counts['committed_rows']:,} of {counts['input_rows']:,} committed: {of}{by_status}",
         f"  tokens    {tokens['input']:,} in ({tokens['cached']:,} cached), {tokens['generated']:,} out",
     ]
     if rates:
@@ -68,10 +69,16 @@ def closing_lines(
         lines.append(f"  errors    {kinds}")
     if "labels" in summary:
         lines += label_lines(summary["labels"])
-    lines += _routing_lines(job, summary)
-    lines += synthesis_lines(summary)
-    data = f"{job.spec.output.path.rstrip('/')}/data/*.parquet"
-    lines.append(f"  output    {data}, summary.json")
+    root = job.spec.output.path.rstrip("/")
+    data = f"{root}/data/*.parquet"
+    if counts["committed_rows"] or not counts["input_rows"]:
+        lines += _routing_lines(job, summary)
+        lines += synthesis_lines(summary)
+        if "synthesis" in summary:
+            lines.append(f"  output    {root}/records/*.parquet, dropped/, synthesis.json; first answers in data/")
+            data = f"{root}/records/*.parquet"
+        else:
+            lines.append(f"  output    {data}, summary.json")
     if job.spec.input.format == "openai_batch":
         export = shlex.join(["tramontane", "export", job.spec.output.path, "--openai-batch"])
         lines.append(f"  openai    `{export} FOLDER` makes output.jsonl and error.jsonl of it")

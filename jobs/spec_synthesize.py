@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -84,6 +85,9 @@ def _check_conversation(given: Mapping[str, Any], synthesis: SynthesisSettings) 
     if synthesis.conversation is None:
         return
     yield from check_template((SYNTHESIZE, "conversation", "user"), synthesis.conversation.user)
+    if re.search(r"{[{%].*\bconversation\b", synthesis.conversation.user, re.DOTALL) is None:
+        message = "the model would be asked for the user's next message without having seen the talk"
+        yield Problem((SYNTHESIZE, "conversation", "user"), message, hint="put `{{ conversation }}` into it")
     section = given.get("sampling")
     for name in ("json_schema", "json_object", "column"):
         if isinstance(section, dict) and section.get(name) not in (None, False):

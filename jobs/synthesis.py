@@ -66,8 +66,13 @@ def _records_of(
         # What failed in a step that was finished stays so, or all steps after it would begin anew.
         how = RunOptions(retry_failed=False, quiet=options.quiet, ray=options.ray)
 
+        steps: list[dict[str, Any]] = []
+
         def step(asked: PreparedJob) -> dict[str, Any]:
-            return run(asked, how)
+            done = run(asked, how)
+            tokens = {name: done["tokens"][name] for name in ("input", "generated")}
+            steps.append({"step": asked.spec.output.path.removeprefix(store.root), **tokens})
+            return done
 
         try:
             later, rounds = ask_again(job, store, step)
@@ -78,7 +83,7 @@ def _records_of(
         kept.end()  # what is left takes no GPU
         lease.check()
         store.delete(REPORT)  # written last: while it isn't there the folders may be half old
-        synthesis = write_records(job, store, talks, judgement) | {"rounds": rounds}
+        synthesis = write_records(job, store, talks, judgement) | {"rounds": rounds, "steps": steps}
         lease.check()
         store.put(REPORT, json.dumps({"key": key, "synthesis": synthesis}, indent=1).encode())
     return summary | {"synthesis": synthesis}

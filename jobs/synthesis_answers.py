@@ -75,5 +75,5 @@ def _answers(part: pa.Table, names: tuple[str, str, str], number: int = 0) -> It
 
 def _problem(status: str, error: Mapping[str, Any] | None, generated: int | None) -> str | None:
     if status == "truncated":
-        return f"it was cut off after {generated} tokens, the most there may be; be shorter"
+        return f"it was cut off after {generated} tokens, the most there may be (sampling.max_tokens)"
     return str(error["message"]) if error is not None else None

@@ -9,6 +9,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from pipeline.rows import result_fields
 from pipeline.storage import Store
 
 RECORDS, DROPPED = "records", "dropped"
+_TURN = re.compile(r"(turn \d+(?:, \w+)?): ")
 
 
 @dataclass(slots=True)
@@ -34,6 +36,8 @@ class _Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     sample: DiversitySample = field(default_factory=DiversitySample)
     scores: Counter[int] = field(default_factory=Counter)
+    broke_off: Counter[str] = field(default_factory=Counter)
+    """Talks by the half turn that they came to."""
     drawn: dict[str, Counter[str | int]] = field(default_factory=lambda: defaultdict(Counter))
 
 
@@ -76,6 +80,8 @@ def _count(tally: _Tally, part: pa.Table, weighed: Sequence[Weighed], job: Prepa
             tally.scores[each.score] += 1
         if each.verdict is not None:
             tally.dropped[each.verdict.reason] += 1
+            if (place := _TURN.match(each.verdict.detail or "")) is not None:
+                tally.broke_off[place.group(1)] += 1
             continue
         tally.kept += 1
         tally.sample.add(each.answer.name, said_text(each.answer))
@@ -89,6 +95,7 @@ def _report(job: PreparedJob, tally: _Tally, *, judged: bool) -> dict[str, Any]:
     return {
         "records": tally.kept,
         "dropped": dict(sorted(tally.dropped.items())),
+        **({"broke_off": dict(sorted(tally.broke_off.items()))} if tally.broke_off else {}),
         **({"scores": {str(score): tally.scores[score] for score in sorted(tally.scores)}} if judged else {}),
         "diversity": {**tally.sample.figures(), "coverage": coverage},
     }

@@ -97,7 +97,8 @@ def _question(answer: Answer, chat: tuple[Message, ...] | None, override: dict[s
     shown = (answer.text or "")[:MAX_SHOWN_CHARS]
     # A chat goes user, assistant, user; an empty answer can't be a turn of it.
     turns += [("assistant", shown)] if shown.strip() else []
-    turns.append(("user", f"That answer can't be used: {answer.problem}. Answer again, without that mistake."))
+    how = "shorter" if answer.status == "truncated" else "without that mistake"
+    turns.append(("user", f"That answer can't be used: {answer.problem}. Answer again, {how}."))
     line = {
         "messages": json.dumps([{"role": role, "content": content} for role, content in turns]),
         "sampling": json.dumps(override),

@@ -13,11 +13,17 @@ def synthesis_lines(summary: dict[str, Any]) -> list[str]:
         return []
     report = summary["synthesis"]
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in report["dropped"].items()) or "none"
-    lines = [f"  records   {report['records']:,}; dropped: {dropped}"]
-    lines += [
+    lines = [
         f"  round {number}   {each['asked_again']:,} asked again, {each['mended']:,} mended"
         for number, each in enumerate(report["rounds"], start=1)
     ]
+    if steps := report.get("steps"):
+        tokens = [sum(step[name] for step in steps) for name in ("input", "generated")]
+        lines.append(f"  steps     {len(steps)} more runs: {tokens[0]:,} tokens in, {tokens[1]:,} out on top")
+    lines.append(f"  records   {report['records']:,}; dropped: {dropped}")
+    if "broke_off" in report:
+        places = ", ".join(f"{place}: {count:,}" for place, count in report["broke_off"].items())
+        lines.append(f"  talks     broke off in {places}")
     if "scores" in report:
         scores = ", ".join(f"{score}: {count:,}" for score, count in report["scores"].items()) or "none"
         lines.append(f"  judge     {scores}")

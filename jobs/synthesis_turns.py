@@ -116,16 +116,24 @@ class Talks:
         self, shard: Shard, answers: Sequence[tuple[int, Answer]], stage: TemplateStage
     ) -> list[tuple[int, Answer]]:
         """The answers of a part, each with its whole talk as its text, or where it broke off."""
-        talks = self.of_part(shard, answers, stage)
+        begun = [replace(self, halves=self.halves[:end]) for end in range(0, len(self.halves) + 1, 2)]
+        talks = [talk.of_part(shard, answers, stage) for talk in begun]
         ends = [(half, half.answers_of(shard.part_name)) for half in self.halves]
-        return [(row, self._told(answer, talks.get(answer.key), ends)) for row, answer in answers]
+        return [(row, self._told(answer, [found.get(answer.key) for found in talks], ends)) for row, answer in answers]
 
-    def _told(self, answer: Answer, talk: Talk | None, ends: Sequence[tuple[HalfTurn, Mapping[Key, Answer]]]) -> Answer:
-        if talk is not None:
-            words = "\n".join(
-                message.content for message in talk[-1 - len(self.halves) :]
-            )  # the prompt isn't of its own
-            return replace(answer, text=json.dumps(_as_turns(talk), ensure_ascii=False), words=words)
+    def _told(
+        self,
+        answer: Answer,
+        begun: Sequence[Talk | None],
+        ends: Sequence[tuple[HalfTurn, Mapping[Key, Answer]]],
+    ) -> Answer:
+        """`begun` is the talk after each of its turns, as far as it came."""
+        so_far = max((talk for talk in begun if talk is not None), key=len, default=())
+        if so_far:
+            words = "\n".join(message.content for message in so_far[-(2 * begun.index(so_far) + 1) :])
+            answer = replace(answer, text=json.dumps(_as_turns(so_far), ensure_ascii=False), words=words)
+        if begun[-1] is not None:
+            return answer
         for where, found in (("turn 1", answer), *((half.name, said.get(answer.key)) for half, said in ends)):
             if found is None:
                 return replace(answer, status="failed", problem=f"{where}: it couldn't be asked for")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -19,6 +19,7 @@ Resume = Literal["if_possible", "always", "never"]
 
 _MAX_VALUE_CHARS = 120
 _MAX_NAMES = 5
+_INPUT_FILES = "input_files."
 
 
 class Decision(Enum):
@@ -57,6 +58,15 @@ def changed_fields(old: Mapping[str, str], new: Mapping[str, str]) -> list[Chang
     return [Change(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
+def _cure(changes: Sequence[Change]) -> str:
+    if all(change.field.startswith(_INPUT_FILES) for change in changes):
+        return (
+            "An input file isn't the one that these results are of, and rows are known by their place in it. Put the "
+            "old file back to continue, or choose an empty output.path; what new files have can be a job of its own"
+        )
+    return "Undo the change to continue it, or choose an empty output.path"
+
+
 def fingerprint_digest(fields: Mapping[str, str]) -> str:
     """Return a short name for a fingerprint, as parts carry it; equal for equal fields in any order."""
     return hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()[:16]
@@ -87,7 +97,7 @@ def decide(found: Found, fingerprint: Mapping[str, str], *, resume: Resume, outp
         raise SpecError(
             f"output {output} holds results of a different job; changed since then:\n"
             + "".join(f"  {change}\n" for change in changes)
-            + "Undo the change to continue it, or choose an empty output.path"
+            + _cure(changes)
         )
     return Decision.RESUME
 

@@ -86,7 +86,8 @@ class PromptSettings(Settings):
     messages: str | None = None
     """Column that holds a chat: a list of {role, content}, or the same as JSON text."""
     template: str | None = None
-    """Jinja template over the row's columns, rendered to one user message. Sandboxed; an unknown column is an error."""
+    """Instead of `messages`, which is then left out: a Jinja template over the row's columns, rendered to one user
+    message. Sandboxed; an unknown column is an error."""
     system: str | None = None
     """System message put before every chat; a Jinja template too."""
     examples: list[Example] = []

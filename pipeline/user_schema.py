@@ -107,7 +107,7 @@ def _all_missing(files: Sequence[HasSchema], required: Sequence[str]) -> list[st
 
 
 def _missing(file: HasSchema, name: str) -> str:
-    return f"{file.path} has no column {name!r}, which the prompt needs; {_suggestion(name, file.schema.names)}"
+    return f"{file.path} has no column {name!r}, which the spec names; {_suggestion(name, file.schema.names)}"
 
 
 def _absent(name: str, schema: pa.Schema) -> str:

@@ -290,7 +290,7 @@ def test_records_of_several_turns_alternate_and_each_turn_saw_those_before(tmp_p
 
     def job(turns: int) -> PreparedJob:
         talk = {**TURNS, "turns": turns}
-        sampling = {"json_schema": None, "n": 2, "max_tokens": 12}
+        sampling = {"json_schema": None, "n": 2, "max_tokens": 7}
         return synthesis_job(rows, output, sampling=sampling, retries=0, conversation=talk, prompt=prompt)
 
     report = run_scripted(job(2), journaling(journal))["synthesis"]
@@ -315,7 +315,11 @@ def test_records_of_several_turns_alternate_and_each_turn_saw_those_before(tmp_p
     for row in dropped:
         assert row["reason"] in ("truncated", "exact_duplicate", "near_duplicate")
         if row["reason"] == "truncated":
-            assert re.match(r"turn 1: |turn [23], (user|assistant): it was cut off after 12 tokens", row["detail"])
+            assert re.match(r"turn 1: |turn 2, (user|assistant): it was cut off after 7 tokens", row["detail"])
+            is_talk = not row["detail"].startswith("turn 1: ")
+            assert is_talk == (row["record"] or "").startswith('[{"role": "system", "content": "Be brief."}'), "as far"
+    assert sum(report["broke_off"].values()) == sum(row["reason"] == "truncated" for row in dropped)
+    assert [each["step"].split("-")[0] for each in report["steps"]] == ["/turns/2"] * 2
     assert len(list(journal.glob("*.log"))) == 1
 
     # What there is isn't asked again for a talk that goes on longer.
@@ -332,7 +336,7 @@ def test_a_driver_that_is_killed_between_turns_changes_no_record(
     local_ray: None, tmp_path: Path, new_launcher: Callable[..., DriverLauncher]
 ) -> None:
     kills = [f"turns/{half}-*/answers/data/part-*" for half in ("2-user", "2-assistant", "3-user")]
-    sampling = {"json_schema": None, "max_tokens": 12}
+    sampling = {"json_schema": None, "max_tokens": 7}
     check_killed(tmp_path, new_launcher, 150, kills, conversation=TURNS, sampling=sampling, retries=0)
 
 

@@ -206,7 +206,7 @@ SYNTHESIS_BASE = BASE + "kind: synthesize\nsynthesize: {samplers: {tone: {catego
         ("sampler_seed=2", True),
         ("retries=5", False),
         ("filters={min_chars: 3}", False),
-        ("conversation={turns: 2, user: x}", False),
+        ('conversation={turns: 2, user: "{{ conversation }}"}', False),
         ("duplicates={near: 0.9}", False),
     ],
 )

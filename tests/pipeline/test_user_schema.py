@@ -59,7 +59,7 @@ def test_missing_required_column_is_refused_for_each_file_with_the_closest_name(
         user_schema(files, required=["prompt"])
     assert "a has no column 'prompt'" in str(caught.value)
     assert "did you mean 'promt'?" in str(caught.value)
-    assert "c has no column 'prompt', which the prompt needs; its columns are: q" in str(caught.value)
+    assert "c has no column 'prompt', which the spec names; its columns are: q" in str(caught.value)
     assert "\nb " not in str(caught.value)
 
 
