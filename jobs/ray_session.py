@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import SpecError
+from pipeline.errors import InfrastructureError, SpecError
 
 LOGICAL_CPUS = 4
 """At least so many beside the replicas': reading, templating and writing overlap, and with fewer a stage may wait for a
 slot for ever."""
 OBJECT_STORE_BYTES = 1 << 30
+STARTUP_TIMED_OUT = "timed out during startup"
+"""What Ray 2.60 says, as a bare Exception."""
 
 # Before Ray is imported. A flow that was given up, and still runs when Ray is shut down, would start another one.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -38,6 +40,7 @@ def ray_session(address: str | None = None, *, replica_cpus: float = 0.0) -> Ite
 
     Raises:
         SpecError: there is no cluster at that address, or its version or token differs.
+        InfrastructureError: a Ray of its own doesn't come up.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # Ray's C++ layer prints an error for every actor pool of Ray Data (ray#53727), straight to standard error.
@@ -55,6 +58,13 @@ def ray_session(address: str | None = None, *, replica_cpus: float = 0.0) -> Ite
                 _start(replica_cpus)
             else:
                 _join(str(address))
+        except Exception as error:
+            if STARTUP_TIMED_OUT not in str(error):
+                raise
+            message = (
+                "Ray didn't start on this machine in time, which is too busy or short of memory; rerun when it isn't"
+            )
+            raise InfrastructureError(message) from error
         except SystemExit:  # what the SIGTERM handler that Ray puts in place makes of an interrupt
             raise KeyboardInterrupt from None
     _keep_token_private()

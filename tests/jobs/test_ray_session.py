@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from jobs.ray_session import ray_session
+from pipeline.errors import InfrastructureError
+
 SCRIPT = """
 import json
 import stat
@@ -43,3 +48,13 @@ def test_a_ray_session_is_its_own_quiet_authenticated_and_gone_afterwards(tmp_pa
     assert facts.pop("cpus") >= 4
     assert facts == {"token": True, "private": True, "kept": True, "idle": [], "gone": True}
     assert done.stderr == ""
+
+
+def test_a_ray_that_does_not_come_up_is_a_line_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: float) -> None:
+        raise RuntimeError("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("jobs.ray_session._start", start)
+    with pytest.raises(InfrastructureError, match="too busy or short of memory; rerun"), ray_session():
+        pass
