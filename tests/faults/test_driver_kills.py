@@ -101,7 +101,7 @@ def check_against_undisturbed(run: KilledRun, folder: Path) -> None:
 def test_killed_driver_resumes_without_lost_or_duplicate_rows(
     local_ray: None, tmp_path: Path, killed_run: Callable[[int, float], KilledRun]
 ) -> None:
-    run = killed_run(800, 0.03)
+    run = killed_run(500, 0.03)
     with run.watcher() as watcher:
         run.kill_at(after_parts(run.output, 4))
         run.launcher.run(run.spec)
