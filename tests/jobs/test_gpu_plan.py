@@ -276,7 +276,7 @@ def test_the_command_line_prints_the_plan_and_refuses_with_exit_code_2(mixtral: 
     assert "\nrefused   T4: T4 can't compute in bfloat16" in shown.stdout
     assert "GPU-hours on 32 GPUs" in shown.stdout
     assert "\ncluster " not in plan().stdout, "it runs on CPUs"
-    bare = plan("--set", "fleet.pools=[{gpu: H100-80G}]")
+    bare = plan("--set", "fleet.pools=[{gpu: H100-80G, tensor_parallel: 2}]")
     assert "\ncluster   none was looked at; name one with --ray ADDRESS" in bare.stdout
     for words, message in [
         (("--assume", "H100-80G"), "is not TYPE:GPUSxNODES"),
