@@ -15,7 +15,7 @@ from jobs.cli_export import add_export_command
 from jobs.cli_schedule import add_schedule_commands
 from jobs.cli_serve import add_serve_commands
 from jobs.cli_submit import add_submit_commands, print_job_status
-from jobs.cli_words import AsJson, Output, Overrides, SpecPath, print_json, say
+from jobs.cli_words import AsJson, Output, Overrides, SpecPath, print_json, print_report, say
 
 app = typer.Typer(
     name="tramontane",
@@ -141,10 +141,7 @@ def plan(
     loaded = load_spec(spec, overrides or [])
     machines = machines_of(loaded, assume or [], ray)
     report = estimate(prepare(loaded, weights=False), sample_rows=sample, machines=machines)
-    if as_json:
-        print_json(report)
-    else:
-        print("\n".join(estimate_lines(report)))
+    print_report(report, estimate_lines, as_json=as_json)
 
 
 @app.command()
@@ -164,10 +161,7 @@ def preview(
     from jobs.spec import load_spec
 
     report = run_preview(prepare(load_spec(spec, overrides or [])), num_rows=rows, say=say, ray=ray)
-    if as_json:
-        print_json(report)
-    else:
-        print("\n".join(preview_lines(report)))
+    print_report(report, preview_lines, as_json=as_json)
     raise typer.Exit(report["exit_code"])
 
 
@@ -245,10 +239,7 @@ def status(
         print_job_status(output, address, as_json=as_json)
         return
     report = read_status(output)
-    if as_json:
-        print_json(report)
-    else:
-        print("\n".join(status_lines(report)))
+    print_report(report, status_lines, as_json=as_json)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_words import AsJson, print_json, say
+from jobs.cli_words import AsJson, print_json, print_report, say
 
 FleetName = Annotated[str, typer.Argument(help="A warm fleet's name.", metavar="NAME")]
 RayAddress = Annotated[
@@ -34,10 +34,7 @@ def up(fleet: FleetPath, ray: RayAddress = None, as_json: AsJson = False) -> Non
 
     file = load_fleet_file(fleet)
     status = start(file, ray, say=say)
-    if as_json:
-        print_json(status)
-    else:
-        print("\n".join(fleet_lines(status)))
+    print_report(status, fleet_lines, as_json=as_json)
     say(f"use it with `fleet: {{attach: {file.name}}}`; end it with `tramontane down {file.name}`")
 
 
@@ -59,10 +56,7 @@ def fleet(name: FleetName, ray: RayAddress = None, as_json: AsJson = False) -> N
     from jobs.fleets import fleet_lines, fleet_status
 
     status = fleet_status(name, ray)
-    if as_json:
-        print_json(status)
-    else:
-        print("\n".join(fleet_lines(status)))
+    print_report(status, fleet_lines, as_json=as_json)
 
 
 def manifest(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_words import AsJson, Output, print_json
+from jobs.cli_words import AsJson, Output, print_report
 
 
 def add_compare_commands(app: typer.Typer) -> None:
@@ -26,10 +26,7 @@ def drift(a: Output, b: Output, as_json: AsJson = False) -> None:
     from jobs.drift import drift_lines, read_drift
 
     report = read_drift(a, b)
-    if as_json:
-        print_json(report)
-    else:
-        print("\n".join(drift_lines(report)))
+    print_report(report, drift_lines, as_json=as_json)
 
 
 def calibrate(
@@ -49,10 +46,7 @@ def calibrate(
     report = read_calibration(output, gold)
     if plot is not None:
         write_plot(plot, reliability_svg(report))
-    if as_json:
-        print_json(report)
-    else:
-        print("\n".join(calibration_lines(report)))
+    print_report(report, calibration_lines, as_json=as_json)
 
 
 def diff(
@@ -71,8 +65,5 @@ def diff(
     from jobs.run_diff_text import diff_lines
 
     report = read_diff(run1, run2, spec=spec)
-    if as_json:
-        print_json(report)
-    else:
-        print("\n".join(diff_lines(report)))
+    print_report(report, diff_lines, as_json=as_json)
     raise typer.Exit(report["exit_code"])

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_words import AsJson, Output, print_json
+from jobs.cli_words import AsJson, Output, print_report
 
 
 def add_export_command(app: typer.Typer) -> None:
@@ -27,7 +27,4 @@ def export(
     from jobs.openai_export import export_batch, export_lines
 
     report = export_batch(output, openai_batch, is_partial=partial)
-    if as_json:
-        print_json(report)
-    else:
-        print("\n".join(export_lines(report)))
+    print_report(report, export_lines, as_json=as_json)

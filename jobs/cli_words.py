@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,3 +27,11 @@ def say(line: str) -> None:
 def print_json(value: Any) -> None:
     """Print a report for programs, on standard output."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def print_report(report: Any, lines: Callable[[Any], Iterable[str]], *, as_json: bool) -> None:
+    """Print a report for programs, or as the lines that it is to people."""
+    if as_json:
+        print_json(report)
+    else:
+        print("\n".join(lines(report)))

@@ -69,20 +69,17 @@ def closing_lines(
         lines.append(f"  errors    {kinds}")
     if "labels" in summary:
         lines += label_lines(summary["labels"])
-    root = job.spec.output.path.rstrip("/")
-    data = f"{root}/data/*.parquet"
-    if counts["committed_rows"] or not counts["input_rows"]:
+    makes_records = "synthesis" in summary
+    rows = f"{job.spec.output.path.rstrip('/')}/{'records' if makes_records else 'data'}/*.parquet"
+    if counts["committed_rows"] or not counts["input_rows"]:  # an interrupted run may have written nothing
         lines += _routing_lines(job, summary)
         lines += synthesis_lines(summary)
-        if "synthesis" in summary:
-            lines.append(f"  output    {root}/records/*.parquet, dropped/, synthesis.json; first answers in data/")
-            data = f"{root}/records/*.parquet"
-        else:
-            lines.append(f"  output    {data}, summary.json")
+        beside = "dropped/, synthesis.json; first answers in data/" if makes_records else "summary.json"
+        lines.append(f"  output    {rows}, {beside}")
     if job.spec.input.format == "openai_batch":
         export = shlex.join(["tramontane", "export", job.spec.output.path, "--openai-batch"])
         lines.append(f"  openai    `{export} FOLDER` makes output.jsonl and error.jsonl of it")
-    lines.append(f"next: {next_step(summary, shlex.join(spec_words), data)}")
+    lines.append(f"next: {next_step(summary, shlex.join(spec_words), rows)}")
     return lines
 
 
