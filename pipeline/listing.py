@@ -6,6 +6,7 @@ what is inside a file. Invariant: the same patterns over the same files give the
 
 from __future__ import annotations
 
+import difflib
 import functools
 import glob
 import os
@@ -117,10 +118,19 @@ def _match(pattern: str) -> list[FoundFile]:
     except Exception as error:  # every client library has exceptions of its own
         raise InfrastructureError(f"input path {pattern!r} could not be listed: {error!r}") from error
     if not found:
-        raise SpecError(
-            f"input path {pattern!r} matches no file; check the spelling (names starting with . or _ are skipped)"
-        )
+        cure = _alike(location) if scheme == "file" else None
+        cure = cure or "check the spelling (names starting with . or _ are skipped)"
+        raise SpecError(f"input path {pattern!r} matches no file; {cure}")
     return sorted(found, key=lambda file: file.path)
+
+
+def _alike(location: str) -> str | None:
+    """A name beside the one that isn't there which may have been meant."""
+    folder, name = os.path.split(os.path.abspath(os.path.expanduser(location)))
+    if glob.has_magic(location) or not os.path.isdir(folder):
+        return None
+    close = difflib.get_close_matches(name, os.listdir(folder), n=1)
+    return f"did you mean {close[0]!r}, which is there?" if close else None
 
 
 def _match_local(location: str) -> list[FoundFile]:

@@ -164,6 +164,14 @@ def test_s3_file_directory_and_glob_are_found_with_their_etag(s3_bucket, tmp_pat
         list_inputs([f"{root}/nothing/", f"s3://{s3_bucket}-none/x.parquet"])
 
 
+def test_a_misspelt_file_is_asked_about(tmp_path):
+    write(tmp_path / "reviews.parquet", x=[1])
+    with pytest.raises(SpecError, match=r"matches no file; did you mean 'reviews\.parquet', which is there\?"):
+        list_inputs(f"{tmp_path}/review.parquet")
+    with pytest.raises(SpecError, match="matches no file; check the spelling"):
+        list_inputs(f"{tmp_path}/quite_another.parquet")
+
+
 def test_unreachable_object_store_is_no_spec_error(s3_server, monkeypatch):
     from pipeline import listing
 
