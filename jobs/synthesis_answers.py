@@ -66,6 +66,14 @@ def answers_to_questions(store: Store, shards: Iterable[Shard], number: int = 0)
     return {answer.key: answer for part in parts for answer in _answers(part, SOURCE, number)}
 
 
+def shards_by_file(store: Store) -> dict[str, list[Shard]]:
+    """Of each input file of a run, by its bare name, the shards with its rows."""
+    plan, found = Ledger(store).plan, dict[str, list[Shard]]()
+    for shard in plan:
+        found.setdefault(plan.files[shard.file_index].path.rpartition("/")[2], []).append(shard)
+    return found
+
+
 def _answers(part: pa.Table, names: tuple[str, str, str], number: int = 0) -> Iterator[Answer]:
     columns = [part.column(name).to_pylist() for name in (*names, "status", "generated_text", "error")]
     tokens = part.column("num_generated_tokens").to_pylist()

@@ -18,10 +18,9 @@ import pyarrow.parquet as pq
 from jobs.job_spec import JobSpec
 from jobs.prepare import PreparedJob, prepare
 from jobs.spec_label import as_template
-from jobs.synthesis_answers import Key
+from jobs.synthesis_answers import Key, shards_by_file
 from jobs.synthesis_rounds import RoundEnded, RunStep
 from pipeline.labels import LABEL
-from pipeline.ledger import Ledger
 from pipeline.parts import read_part
 from pipeline.record_fields import SOURCE
 from pipeline.settings import InputSettings, LabelSettings, PromptSettings, RoutingSettings, SamplingSettings
@@ -93,11 +92,7 @@ def judge(job: PreparedJob, candidates: Callable[[], Iterator[tuple[str, pa.Tabl
     summary = run(prepare(_judge_spec(job.spec, settings, f"{root}/records", output.root)))
     if summary["exit_code"] != 0:
         raise RoundEnded(summary)
-    plan = Ledger(output).plan
-    parts: dict[str, list[Shard]] = {}
-    for shard in plan:
-        parts.setdefault(plan.files[shard.file_index].path.rpartition("/")[2], []).append(shard)
-    return Judgement(output, parts)
+    return Judgement(output, shards_by_file(output))
 
 
 def encoded(table: pa.Table) -> bytes:

@@ -18,10 +18,9 @@ import pyarrow as pa
 
 from jobs.execute import job_seed
 from jobs.prepare import PreparedJob, prepare
-from jobs.synthesis_answers import Answer, Key, answers_to_questions, read_answers
+from jobs.synthesis_answers import Answer, Key, answers_to_questions, read_answers, shards_by_file
 from jobs.synthesis_rounds import RoundEnded, RunStep, questions_spec
 from pipeline.inputs import InputFile
-from pipeline.ledger import Ledger
 from pipeline.prompts import Message
 from pipeline.read import read_shard
 from pipeline.record_fields import SOURCE
@@ -63,13 +62,13 @@ class HalfTurn:
 
     def questions_of(self, part_name: str) -> Iterator[dict[str, Any]]:
         """The questions that the samples of a part led to."""
-        if part_name in self.parts:
-            for line in self.store.read(f"{self.folder}/questions/{_file_of(part_name)}").splitlines():
+        if (file := _file_of(part_name)) in self.parts:
+            for line in self.store.read(f"{self.folder}/questions/{file}").splitlines():
                 yield json.loads(line)
 
     def answers_of(self, part_name: str) -> dict[Key, Answer]:
         """What was answered to them."""
-        return answers_to_questions(self.answers, self.parts.get(part_name, ()))
+        return answers_to_questions(self.answers, self.parts.get(_file_of(part_name), ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +186,7 @@ def _half_turn(talks: Talks, half: HalfTurn, run: RunStep) -> HalfTurn:
     summary = run(prepare(questions_spec(spec, questions, half.answers.root, examples=examples)))
     if summary["exit_code"] != 0:
         raise RoundEnded(summary)
-    plan = Ledger(half.answers).plan
-    parts: dict[str, list[Shard]] = {}
-    for shard in plan:
-        file = plan.files[shard.file_index].path.rpartition("/")[2]
-        parts.setdefault(file.removesuffix(".jsonl") + ".parquet", []).append(shard)
-    return replace(half, parts=parts)
+    return replace(half, parts=shards_by_file(half.answers))
 
 
 def _written(talks: Talks, half: HalfTurn) -> HalfTurn:
