@@ -1,7 +1,8 @@
 """Which rows go to which replica next, and what happens to rows whose attempt failed. Pure: no Ray, no clock, no I/O.
 
 Rows go in microbatches to the least loaded live replica, as long as its window has room; the window counts unfinished
-rows, never shards, so a shard's slow last row costs nobody anything.
+rows, never shards, so a shard's slow last row costs nobody anything. The oldest row goes first, and after it those that
+wait and begin as it does, to the same replica: see `fresh_rows`.
 
 Finding a row that kills its engine. A replica that dies takes up to a window of rows along, any of which may be the
 killer. All of them become suspects and run again in groups, one group at a time on a replica that runs nothing else.
@@ -20,9 +21,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from pipeline.fresh_rows import FreshRows
 
 MICROBATCH = 32
 SMALL_MICROBATCH = 8
@@ -40,6 +43,8 @@ class PendingRow(Generic[RowKey]):
     """A row that is waiting or in flight."""
 
     key: RowKey
+    prompt: bytes = b""
+    """By which rows that begin alike are found; empty for one that goes in its turn."""
     attempts: int = 0
     """Attempts begun and ended badly."""
     avoid: str | None = None
@@ -76,6 +81,8 @@ class _Replica(Generic[RowKey]):
     reserved: bool = False
     """Takes suspects only: it is being emptied for a group, or runs one."""
     running_group: bool = False
+    last_prompt: bytes = b""
+    """Of the row that was last sent here for the first time."""
 
 
 class DispatchBoard(Generic[RowKey]):
@@ -83,7 +90,7 @@ class DispatchBoard(Generic[RowKey]):
 
     def __init__(self, *, max_attempts: int) -> None:
         self._max_attempts = max_attempts
-        self._fresh: deque[PendingRow[RowKey]] = deque()
+        self._fresh: FreshRows[PendingRow[RowKey]] = FreshRows()
         self._again: deque[PendingRow[RowKey]] = deque()
         self._suspects: deque[list[PendingRow[RowKey]]] = deque()
         self._replicas: dict[str, _Replica[RowKey]] = {}
@@ -111,14 +118,20 @@ class DispatchBoard(Generic[RowKey]):
         """Replicas that can be given work."""
         return tuple(self._replicas)
 
-    def add_rows(self, keys: Iterable[RowKey]) -> None:
-        """Queue fresh rows, in order."""
-        self._fresh.extend(PendingRow(key) for key in keys)
+    @property
+    def wants_more(self) -> bool:
+        """Whether rows that begin alike come so far apart that with more rows waiting more would meet."""
+        return self._fresh.wants_more
+
+    def add_rows(self, keys: Sequence[RowKey], prompts: Sequence[bytes] | None = None) -> None:
+        """Queue fresh rows, in order; with `prompts`, one for each, those that begin alike go together."""
+        for key, prompt in zip(keys, prompts or [b""] * len(keys), strict=True):
+            self._fresh.add(PendingRow(key, prompt), prompt)
 
     def discard(self, keys: Iterable[RowKey]) -> None:
         """Forget rows that wait; those in flight stay until their replica answers."""
         gone = set(keys)
-        self._fresh = deque(row for row in self._fresh if row.key not in gone)
+        self._fresh.discard(lambda row: row.key in gone)
         self._again = deque(row for row in self._again if row.key not in gone)
         groups = ([row for row in group if row.key not in gone] for group in self._suspects)
         self._suspects = deque(group for group in groups if group)
@@ -140,7 +153,7 @@ class DispatchBoard(Generic[RowKey]):
         if row is not None and in_group:
             self._suspects.append([row])
         elif row is not None:
-            self._fresh.appendleft(row)
+            self._fresh.put_back(row, row.prompt)
 
     def finished(self, replica: str, key: RowKey) -> int | None:
         """A row came back good; returns which attempt it was, or None for a late answer about a row that moved on."""
@@ -276,8 +289,10 @@ class DispatchBoard(Generic[RowKey]):
                 self._again.append(row)
             else:
                 rows.append(row)
+        state = self._replicas[replica]
         while self._fresh and len(rows) < count:
-            rows.append(self._fresh.popleft())
+            row, state.last_prompt = self._fresh.take(after=state.last_prompt)
+            rows.append(row)
         return rows
 
     def _send(self, replica: str, rows: list[PendingRow[RowKey]]) -> Assignment[RowKey]:

@@ -69,6 +69,11 @@ class Dispatcher:
         """Rows of unfinished shards that an engine has to do, or did; twins are not counted."""
         return self._shards.num_leading_rows
 
+    @property
+    def wants_more(self) -> bool:
+        """Whether with more rows open more of those that begin alike would meet."""
+        return self._flights.wants_more
+
     async def generate(
         self,
         requests: Sequence[Request | None],

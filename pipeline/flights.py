@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.balance import Load, SpeedMeter, choose_recall
 from pipeline.dispatch import Assignment, DispatchBoard
 from pipeline.errors import NodeLost, ReplicaDied, ReplicaUnreachable, RequestRefused
 from pipeline.fleet_link import FleetLink
+from pipeline.fresh_rows import prompt_bytes
 from pipeline.fruitless_losses import FruitlessLosses
 from pipeline.membership import RETIRED, Departure, Member
 from pipeline.outcomes import Key, OpenShard, OpenShards, Outcome
@@ -66,7 +67,7 @@ class Flights:
     def __init__(
         self, fleet: Any, shards: OpenShards, *, max_attempts: int, hang_timeout_s: float, begins_at_once: bool
     ) -> None:
-        """With `begins_at_once` no request waits at one replica while another could begin it."""
+        """With `begins_at_once` no request waits at one replica while another could begin it, and each in its turn."""
         self._shards = shards
         self._link = FleetLink(fleet, self, hang_timeout_s=hang_timeout_s)
         self._board: DispatchBoard[Key] = DispatchBoard(max_attempts=max_attempts)
@@ -101,9 +102,14 @@ class Flights:
         """Look for replicas, if it doesn't yet."""
         self._link.start()
 
-    def add(self, keys: Iterable[Key]) -> None:
+    @property
+    def wants_more(self) -> bool:
+        """Whether with more rows waiting more of those that begin alike would meet."""
+        return self._board.wants_more
+
+    def add(self, keys: Sequence[Key]) -> None:
         """Have these rows done."""
-        self._board.add_rows(keys)
+        self._queue(keys)
         self.send_all()
 
     def send_all(self) -> None:
@@ -114,7 +120,7 @@ class Flights:
     def forget(self, keys: Sequence[Key]) -> None:
         """Take rows off the board; others that waited for theirs go there instead, at the next occasion."""
         self._board.discard(keys)
-        self._board.add_rows(self._shards.forget(keys))
+        self._queue(self._shards.forget(keys))
 
     def withdraw(self, shard: OpenShard) -> None:
         """Nobody waits for the shard any more: have replicas forget what they have of it."""
@@ -192,6 +198,11 @@ class Flights:
         """See `Listener`."""
         self._link.end()
         self._shards.fail(message)
+
+    def _queue(self, keys: Sequence[Key]) -> None:
+        # Somebody waits for each of an endpoint's: there, rows that begin alike could keep another waiting for ever.
+        requests = [] if self._begins_at_once else [self._shards.request(key) for key in keys]
+        self._board.add_rows(keys, [prompt_bytes(one.prompt_token_ids) if one else b"" for one in requests] or None)
 
     def _send(self, assignment: Assignment[Key]) -> None:
         live = self._members[assignment.replica]

@@ -179,9 +179,18 @@ def uncommitted_rows_limit(window: int, rows_per_shard: int) -> int:
     return max(4 * rows_per_shard, open_rows_limit(window, rows_per_shard))
 
 
-def rows_at_risk(window: int, rows_per_shard: int) -> int:
-    """The most rows that a killed driver's successor does again."""
+def lookahead_rows(window: int) -> int:
+    """Rows that may be open beyond the limit where prompts begin alike but come far apart, so that more of them meet.
+
+    More of them are lost with the driver, too: four times as many as else with small engines, twice with large ones.
+    """
+    return min(8 * window, 2048)
+
+
+def rows_at_risk(window: int, rows_per_shard: int, *, begin_alike: bool = False) -> int:
+    """The most rows that a killed driver's successor does again; with `begin_alike`, of a run that looks ahead."""
     limits = open_rows_limit(window, rows_per_shard) + uncommitted_rows_limit(window, rows_per_shard)
+    limits += lookahead_rows(window) if begin_alike else 0
     return limits + 2 * rows_per_shard  # a limit is looked at before a shard, not after
 
 
@@ -205,10 +214,13 @@ def generate_limits(flow: Flow, shard_rows: Sequence[int]) -> dict[str, Any]:
     rows_per_shard = math.ceil(sum(shard_rows) / len(shard_rows))
     limit = open_rows_limit(flow.window, rows_per_shard)
     # Rows that wait for a twin keep no engine busy, so that more shards may be needed to do that.
-    calls = num_calls(shard_rows, limit, twin_factor=MAX_TWIN_FACTOR if flow.generate.dedupe else 1)
+    calls = num_calls(
+        shard_rows, limit + lookahead_rows(flow.window), twin_factor=MAX_TWIN_FACTOR if flow.generate.dedupe else 1
+    )
     return {
         "fn_constructor_kwargs": {
             "max_open_rows": limit,
+            "lookahead_rows": lookahead_rows(flow.window),
             "max_uncommitted_rows": uncommitted_rows_limit(flow.window, rows_per_shard),
         },
         "compute": ray.data.ActorPoolStrategy(

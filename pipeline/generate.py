@@ -60,12 +60,21 @@ class GenerateStage:
     """One instance per run serves all shards, so that one dispatch board sees all rows."""
 
     def __init__(
-        self, fleet: Any, monitor: Any, settings: GenerateSettings, *, max_open_rows: int, max_uncommitted_rows: int
+        self,
+        fleet: Any,
+        monitor: Any,
+        settings: GenerateSettings,
+        *,
+        max_open_rows: int,
+        lookahead_rows: int,
+        max_uncommitted_rows: int,
     ) -> None:
+        """`lookahead_rows` may be open beyond `max_open_rows` where prompts begin alike but come far apart."""
         if _is_second_life():
             monitor.note_dispatch_death.remote()
             raise InfrastructureError(DISPATCH_DIED)
         self._max_open_rows = max_open_rows
+        self._lookahead_rows = lookahead_rows
         self._max_uncommitted_rows = max_uncommitted_rows
         self._settings = settings
         self._builder = ResultBuilder(settings.schema, settings.routing, settings.moe, settings.labels)
@@ -102,7 +111,8 @@ class GenerateStage:
         if self._figures.draining or self._poster is None or self._poster.done():  # done: the run has ended without us
             return True
         uncommitted = self._figures.rows_handed_on - self._committed_rows
-        return uncommitted < self._max_uncommitted_rows and self._dispatcher.num_open_rows < self._max_open_rows
+        max_open_rows = self._max_open_rows + (self._lookahead_rows if self._dispatcher.wants_more else 0)
+        return uncommitted < self._max_uncommitted_rows and self._dispatcher.num_open_rows < max_open_rows
 
     async def _generate(self, prompts: pa.Table) -> pa.Table:
         requests = shard_requests(prompts, self._settings)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.flow import MAX_CALLS, num_calls, open_rows_limit, rows_at_risk, uncommitted_rows_limit
+from pipeline.flow import MAX_CALLS, lookahead_rows, num_calls, open_rows_limit, rows_at_risk, uncommitted_rows_limit
 from pipeline.generate import GenerateSettings, GenerateStage
 from pipeline.settings import LimitSettings, RoutingSettings
 
@@ -41,6 +41,8 @@ def test_what_a_kill_may_cost_is_what_may_be_open_and_uncommitted() -> None:
     assert uncommitted_rows_limit(32, 64) == 4 * 64
     assert uncommitted_rows_limit(1024, 64) == open_rows_limit(1024, 64)
     assert rows_at_risk(32, 64) == 112 + 256 + 128
+    assert rows_at_risk(32, 64, begin_alike=True) == 112 + 256 + 128 + 256
+    assert lookahead_rows(1024) == 2048
 
 
 class Monitor:
@@ -60,7 +62,7 @@ class Dispatch:
     def __init__(self) -> None:
         self.open: list[tuple[int, asyncio.Future[None]]] = []
         self.num_in_flight = self.num_replicas = 0
-        self.is_drained = False
+        self.is_drained = self.wants_more = False
 
     @property
     def num_open_rows(self) -> int:
@@ -84,7 +86,7 @@ class Dispatch:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> GenerateStage:
     settings = GenerateSettings(0, "", pa.schema([]), RoutingSettings(), LimitSettings(), None, dedupe=False)
-    stage = GenerateStage(None, Monitor(), settings, max_open_rows=25, max_uncommitted_rows=40)
+    stage = GenerateStage(None, Monitor(), settings, max_open_rows=25, lookahead_rows=30, max_uncommitted_rows=40)
     counters = SimpleNamespace(to_json_bytes=lambda: b"{}")
     stage._builder = SimpleNamespace(build=lambda prompts, outcomes: (prompts, counters))  # type: ignore[assignment]
     stage._dispatcher = Dispatch()  # type: ignore[assignment]
@@ -139,6 +141,23 @@ def test_a_drained_run_leaves_no_shard_at_the_gate(stage: GenerateStage) -> None
         stage._monitor.order = "drain"
         await open_rows_become(stage, 50)  # of which the real one drops what isn't begun
         stage._dispatcher.let_go(5)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_more_shards_are_open_while_prompts_begin_alike_but_come_far_apart(stage: GenerateStage) -> None:
+    async def work() -> None:
+        dispatch = stage._dispatcher
+        tasks = [asyncio.ensure_future(stage(shard)) for shard in shards(8)]
+        await open_rows_become(stage, 30)
+        dispatch.wants_more = True
+        await open_rows_become(stage, 60)  # begun while fewer than 25 + 30 were open
+        dispatch.wants_more = False
+        dispatch.let_go(3)
+        await open_rows_become(stage, 30)
+        stage._monitor.order = "abandon"
+        dispatch.abandon = lambda: dispatch.let_go(8)
         await asyncio.gather(*tasks)
 
     asyncio.run(asyncio.wait_for(work(), 30))
