@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tests.driver_processes import REPOSITORY, wait_until
 from tests.ray_head import Head, Proxy, all_text_below, ray_head
@@ -232,6 +234,36 @@ def test_each_exit_code_comes_back(
         os.kill(pid, signal.SIGKILL)
     assert follower.wait(100) == 3
     assert "submit it again: it goes on where it stopped" in machine.output(follower, "err")
+
+
+@pytest.mark.timeout(400)
+def test_a_synthesis_has_its_later_steps_done_too(
+    machine: Machine, s3_server: str, s3_bucket: str, tmp_path: Path
+) -> None:
+    output = f"s3://{s3_bucket}/talks"
+    rows = put_rows(tmp_path, s3_bucket, 12)
+    spec = yaml.safe_load(spec_text(rows, output, prompt={"template": "{{ tone }}: {{ text }}"}))
+    talk = {"turns": 2, "user": "What do you say next?\n\n{{ conversation }}"}
+    spec |= {"kind": "synthesize", "synthesize": {"samplers": {"tone": {"category": ["calm"]}}, "conversation": talk}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec))
+    code, _, said = machine.run("submit", "job.yaml", *storage_words(s3_server))
+    assert code == 0, said
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    found = {name: [row for path in store.find(f"{output}/{name}") for row in read_part(store, path)] for name in KINDS}
+    assert len(found["records"]) + len(found["dropped"]) == 12
+    for record in found["records"]:
+        assert [message["role"] for message in json.loads(record["record"])] == ["user", "assistant"] * 2
+    halves = {path.split("/turns/")[1].rsplit("-", 1)[0] for path in store.ls(f"{output}/turns", detail=False)}
+    assert halves == {"2-user", "2-assistant"}
+
+
+KINDS = ("records", "dropped")
+
+
+def read_part(store: Any, path: str) -> list[dict[str, Any]]:
+    with store.open(path) as file:
+        rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+    return rows
 
 
 def drivers_of(head: Head) -> list[int]:
