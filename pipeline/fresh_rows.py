@@ -5,6 +5,7 @@ the input each have it computed again; sent one after the other, only the first 
 
 Guarantees:
 - every row added is taken once, discarded, or still here.
+- the oldest row is taken after `MAX_PASSED` others at most, however many are added that begin alike.
 - without prompts, or where they share no more than all do, rows are taken in the order they were added.
 """
 
@@ -19,6 +20,8 @@ import numpy as np
 
 MIN_GAIN = 64
 """Tokens that a row must share with the last one beyond what the oldest row does: four blocks of vLLM's cache."""
+MAX_PASSED = 256
+"""Rows that may be taken before the oldest one: its shard is done no later than some others."""
 NEAR = 32
 """Rows added in between, at most, for two rows to count as neighbours in the input."""
 APART_SHARE = 0.1
@@ -55,6 +58,8 @@ class FreshRows(Generic[Row]):
         self._num_added = self._num_put_back = 0
         self._num_bytes = 0
         self._apart = 0.0
+        self._num_passed = 0
+        """Rows taken since the oldest one was."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,8 +96,10 @@ class FreshRows(Generic[Row]):
             raise KeyError("no row is here")
         oldest = next(iter(self._rows))
         nearest, shared = self._nearest(after)
-        if nearest is None or shared - shared_tokens(after, self._rows[oldest][1]) < MIN_GAIN:
+        gain = shared - shared_tokens(after, self._rows[oldest][1])
+        if nearest is None or gain < MIN_GAIN or self._num_passed >= MAX_PASSED:
             nearest = oldest
+        self._num_passed = 0 if nearest == oldest else self._num_passed + 1
         row, prompt = self._rows.pop(nearest)
         self._unfile(prompt, nearest)
         return row, prompt

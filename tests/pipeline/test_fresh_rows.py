@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.dispatch import DispatchBoard
-from pipeline.fresh_rows import MEMORY_ROWS, MIN_GAIN, FreshRows, prompt_bytes, shared_tokens
+from pipeline.fresh_rows import MAX_PASSED, MEMORY_ROWS, MIN_GAIN, FreshRows, prompt_bytes, shared_tokens
 
 few_tokens = st.lists(st.sampled_from([0, 1, 255, 256, 65_536]), max_size=6)
 
@@ -109,6 +109,19 @@ def test_a_row_put_back_is_the_oldest() -> None:
     rows.put_back(*second)
     rows.put_back(*first)
     assert drained(rows) == [0, 1, 2, 3]
+
+
+def test_a_row_unlike_all_others_is_not_kept_waiting_by_a_stream_of_them() -> None:
+    rows: FreshRows[int] = FreshRows()
+    rows.add(0, prompt_bytes([*document(1), 0]))
+    _, last = rows.take()
+    rows.add(1, prompt_bytes(document(2)))
+    taken = []
+    for number in range(2, 2 * MAX_PASSED):
+        rows.add(number, prompt_bytes([*document(1), number]))
+        row, last = rows.take(after=last)
+        taken.append(row)
+    assert taken.index(1) == MAX_PASSED
 
 
 def shuffled(num_documents: int, seed: int = 1) -> list[int]:
