@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jobs.lean_ray import without_data_actors, without_idle_daemons
 from pipeline.errors import InfrastructureError, SpecError
 
 LOGICAL_CPUS = 4
@@ -71,7 +72,7 @@ def ray_session(address: str | None = None, *, replica_cpus: float = 0.0) -> Ite
     # A flow's error is raised to the run, which says it in a line; Ray Data would say it first, at length.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
-        with without_dashboard_figures() if is_own else contextlib.nullcontext():
+        with without_data_actors() if is_own else contextlib.nullcontext():
             yield
     finally:
         ray.shutdown()
@@ -89,41 +90,6 @@ def _start(replica_cpus: float) -> None:
             logging_level="ERROR",
             object_store_memory=OBJECT_STORE_BYTES,
         )
-
-
-@contextmanager
-def without_dashboard_figures() -> Iterator[None]:
-    """Keep Ray Data from starting a process that collects its figures for a dashboard that isn't there."""
-    from ray.data._internal.stats import _StatsManager
-
-    with _without(_StatsManager, "register_dataset_to_stats_actor", "update_execution_metrics"):
-        yield
-
-
-@contextmanager
-def without_idle_daemons() -> Iterator[None]:
-    """Start a Ray without what has nothing to do in it: API server (no dashboard), autoscaler, log monitor (no log goes
-    to the driver).
-
-    Each takes about a second of processor time, and `ray.init` waits for the first. Ray 2.60 has no option for them.
-    """
-    from ray._private.node import Node
-
-    with _without(Node, "start_api_server", "start_monitor", "start_log_monitor"):
-        yield
-
-
-@contextmanager
-def _without(owner: type, *methods: str) -> Iterator[None]:
-    """Have these methods do nothing for the duration of the block."""
-    originals = {name: owner.__dict__[name] for name in methods}
-    for name in methods:
-        setattr(owner, name, staticmethod(lambda *arguments, **options: None))  # noqa: ARG005  whatever Ray gives them
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(owner, name, original)
 
 
 def _join(address: str) -> None:

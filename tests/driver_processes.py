@@ -47,8 +47,8 @@ def processes_below(pid: int, title: str) -> list[psutil.Process]:
 
 
 def process_below(pid: int, title: str) -> psutil.Process | None:
-    """The first of `processes_below`."""
-    return next(iter(processes_below(pid, title)), None)
+    """The youngest of `processes_below`: an earlier run's may be on its way out."""
+    return max(processes_below(pid, title), key=lambda process: process.create_time(), default=None)
 
 
 class Driver:

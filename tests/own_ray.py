@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from jobs.ray_session import without_dashboard_figures, without_idle_daemons
+from jobs.lean_ray import without_data_actors, without_idle_daemons
 
 NUM_CPUS = 8  # logical: replicas take one each, four real ones at most; the rest is for reading, templating, writing
 
@@ -30,7 +30,7 @@ def own_ray() -> Iterator[None]:
             _temp_dir=folder,
         )
     try:
-        with without_dashboard_figures():
+        with without_data_actors():
             yield
     finally:
         ray.shutdown()

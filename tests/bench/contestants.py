@@ -110,7 +110,8 @@ def _module(module: str, bench: Bench, rows: Path, folder: Path, *, env: Mapping
 
 def _run_batch(bench: Bench, rows: Path, folder: Path) -> Command:
     (folder / "out").mkdir()
-    words = [str(Path(sys.executable).with_name("vllm")), "run-batch", "-i", str(rows.with_suffix(".jsonl"))]
+    # What `vllm run-batch` starts; the command itself looks for a distribution that the CPU build has another name for.
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.run_batch", "-i", str(rows.with_suffix(".jsonl"))]
     words += ["-o", str(folder / "out" / "all.jsonl"), "--model", str(bench.model), "--served-model-name", "bench"]
     for name, value in bench.engine_args.items():
         flag = name.replace("_", "-")

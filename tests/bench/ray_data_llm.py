@@ -31,7 +31,7 @@ def main() -> None:
         max_concurrent_batches=max(8, 2 * engine_args["max_num_seqs"] // BATCH_SIZE),
         runtime_env={"env_vars": settings["env"]},
         log_engine_metrics=False,
-        resources_per_bundle={"CPU": 1},
+        placement_group_config={"bundle_per_worker": {"CPU": 1}},
     )
     processor = build_processor(config, preprocess=_request, postprocess=_result)
     rows = ray.data.read_parquet(settings["input"], columns=["id", "messages", "max_tokens"])

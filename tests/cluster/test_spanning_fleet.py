@@ -56,6 +56,7 @@ def no_process_is_left(journal: Path) -> bool:
     return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
 
 
+@pytest.mark.long
 def test_a_replica_of_eight_gpus_on_nodes_of_four_is_two_nodes_of_its_type(nodes: ExtraNodes, tmp_path: Path) -> None:
     right = {nodes.add(TYPE, 4) for _ in range(3)}
     nodes.add("L40S", 8)

@@ -30,7 +30,7 @@ from tests.whole_runs import (
     write_prompts,
 )
 
-NUM_ROWS, NUM_DISTINCT = 400, 40
+NUM_ROWS, NUM_DISTINCT = 200, 40
 PROMPTS = [f"question number {row * 7 % NUM_DISTINCT}" for row in range(NUM_ROWS)]
 
 
