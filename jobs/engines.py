@@ -97,7 +97,8 @@ class KeptEngines:
             status = ray.get(self._found.fleet.status.remote(), timeout=STATUS_TIMEOUT_S)
         except ray.exceptions.RayError:
             return False
-        return status["verdict"] is None and not any(pool["diagnosis"] for pool in status["pools"])
+        # A pool that can't start would not start again either; what the others have loaded is not thrown away for it.
+        return status["verdict"] is None and not all(pool["diagnosis"] for pool in status["pools"])
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ Each process left out saves one to two seconds of processor time, while a model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +19,8 @@ def without_idle_daemons() -> Iterator[None]:
 
     `ray.init` waits for the first.
     """
-    from ray._private.node import Node
-
-    nothing = dict.fromkeys(("start_api_server", "start_monitor", "start_log_monitor"), _nothing)
-    with _replaced(Node, nothing):
+    daemons = dict.fromkeys(("start_api_server", "start_monitor", "start_log_monitor"), _nothing)
+    with _replaced("ray._private.node:Node", daemons):
         yield
 
 
@@ -29,10 +29,6 @@ def without_data_actors() -> Iterator[None]:
     """Run Ray Data without three actors of its own: one collects figures for a dashboard, one shares a cluster between
     datasets, one knows on which node an actor is. Here are one dashboardless node and one dataset.
     """
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
-    from ray.data._internal.execution.operators import actor_pool_map_operator
-    from ray.data._internal.stats import _StatsManager
-
     figures = dict.fromkeys(("register_dataset_to_stats_actor", "update_execution_metrics"), _nothing)
     sharing: dict[str, Callable[..., Any]] = {
         "request_resources": _nothing,
@@ -43,10 +39,12 @@ def without_data_actors() -> Iterator[None]:
         "get_or_create_actor_location_tracker": _Unasked,
         "get_actor_locations": lambda actors: {},  # noqa: ARG005  then each is where it was
     }
+    internal = "ray.data._internal"
+    coordinator = f"{internal}.cluster_autoscaler.default_autoscaling_coordinator:DefaultAutoscalingCoordinator"
     with (
-        _replaced(_StatsManager, figures),
-        _replaced(DefaultAutoscalingCoordinator, sharing),
-        _replaced(actor_pool_map_operator, places),
+        _replaced(f"{internal}.stats:_StatsManager", figures),
+        _replaced(coordinator, sharing),
+        _replaced(f"{internal}.execution.operators.actor_pool_map_operator", places),
     ):
         yield
 
@@ -74,8 +72,15 @@ def _whole_node(*arguments: Any) -> dict[str, dict[str, float]]:  # noqa: ARG001
 
 
 @contextmanager
-def _replaced(owner: Any, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    originals = {name: owner.__dict__[name] for name in functions}
+def _replaced(where: str, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Replace functions of `module` or `module:Class`; a Ray that doesn't have all of them is left as it is."""
+    owner: Any = None
+    with contextlib.suppress(ImportError, AttributeError):
+        owner = pkgutil.resolve_name(where)
+    if owner is None or not functions.keys() <= vars(owner).keys():
+        yield
+        return
+    originals = {name: vars(owner)[name] for name in functions}
     for name, function in functions.items():
         setattr(owner, name, staticmethod(function) if isinstance(owner, type) else function)
     try:

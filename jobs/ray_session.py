@@ -71,11 +71,11 @@ def ray_session(address: str | None = None, *, replica_cpus: float = 0.0) -> Ite
     _keep_token_private()
     # A flow's error is raised to the run, which says it in a line; Ray Data would say it first, at length.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    try:
-        with without_data_actors() if is_own else contextlib.nullcontext():
+    with without_data_actors() if is_own else contextlib.nullcontext():
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _start(replica_cpus: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.spec_templates import check_template
 from jobs.yaml_source import FieldPath, Problem
-from pipeline.synthesis_settings import SynthesisSettings
+from pipeline.synthesis_settings import TALK, SynthesisSettings
 
 SYNTHESIZE = "synthesize"
 
@@ -58,6 +58,9 @@ def _check_samplers(given: Mapping[str, Any], synthesis: SynthesisSettings) -> I
             path: FieldPath = (SYNTHESIZE, "samplers", name)
             hint = "use letters, digits and underscores"
             yield Problem(path, f"{name!r} can't be a column of a template", hint=hint, on_key=True)
+        if name == TALK and synthesis.conversation is not None:
+            message = f"{name!r} is what the prompt for the user's turns calls the talk so far"
+            yield Problem((SYNTHESIZE, "samplers", name), message, hint="give the sampler another name", on_key=True)
 
 
 def _check_patterns(synthesis: SynthesisSettings) -> Iterator[Problem]:

@@ -133,6 +133,8 @@ class Talks:
             answer = replace(answer, text=json.dumps(_as_turns(so_far), ensure_ascii=False), words=words)
         if begun[-1] is not None:
             return answer
+        if begun[0] is None and _is_word(answer):
+            return replace(answer, status="failed", problem="turn 1: its prompt can't be made again")
         for where, found in (("turn 1", answer), *((half.name, said.get(answer.key)) for half, said in ends)):
             if found is None:
                 return replace(answer, status="failed", problem=f"{where}: it couldn't be asked for")
@@ -140,7 +142,7 @@ class Talks:
                 return replace(answer, status=found.status, problem=f"{where}: {found.problem}")
             if not _is_word(found):
                 return replace(answer, status="invalid", problem=f"{where}: it is empty")
-        return replace(answer, status="failed", problem="turn 1: its prompt can't be made again")
+        raise AssertionError("a talk broke off although each of its turns was answered")
 
 
 def converse(talks: Talks, run: RunStep) -> Talks:

@@ -123,6 +123,10 @@ class DispatchBoard(Generic[RowKey]):
         """Whether rows that begin alike come so far apart that with more rows waiting more would meet."""
         return self._fresh.wants_more
 
+    def go_in_order(self) -> None:
+        """Have fresh rows go in the order they were added from now on."""
+        self._fresh.go_in_order()
+
     def add_rows(self, keys: Sequence[RowKey], prompts: Sequence[bytes] | None = None) -> None:
         """Queue fresh rows, in order; with `prompts`, one for each, those that begin alike go together."""
         for key, prompt in zip(keys, prompts or [b""] * len(keys), strict=True):

@@ -70,6 +70,11 @@ class Dispatcher:
         return self._shards.num_leading_rows
 
     @property
+    def num_unfinished(self) -> int:
+        """Rows without an outcome that an engine has to do."""
+        return self._flights.num_unfinished
+
+    @property
     def wants_more(self) -> bool:
         """Whether with more rows open more of those that begin alike would meet."""
         return self._flights.wants_more
@@ -107,10 +112,10 @@ class Dispatcher:
         return None if shard.dropped else shard.outcomes
 
     def drain(self) -> None:
-        """Begin no further shards: those that no replica has seen a row of are dropped, the others finish."""
+        """Begin no further shards: those that no replica has seen a row of are dropped, the others finish in order."""
         self._draining = True
         self._drop(self._shards.unbegun())
-        self._flights.send_all()
+        self._flights.go_in_order()
 
     def abandon(self) -> None:
         """Drop every shard that isn't finished."""

@@ -103,6 +103,11 @@ class Flights:
         self._link.start()
 
     @property
+    def num_unfinished(self) -> int:
+        """Rows without an outcome."""
+        return self._board.num_unfinished
+
+    @property
     def wants_more(self) -> bool:
         """Whether with more rows waiting more of those that begin alike would meet."""
         return self._board.wants_more
@@ -110,6 +115,11 @@ class Flights:
     def add(self, keys: Sequence[Key]) -> None:
         """Have these rows done."""
         self._queue(keys)
+        self.send_all()
+
+    def go_in_order(self) -> None:
+        """Send the oldest rows first from now on, whatever they begin with: the oldest shards are to finish soon."""
+        self._board.go_in_order()
         self.send_all()
 
     def send_all(self) -> None:

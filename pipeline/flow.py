@@ -24,6 +24,7 @@ from pipeline.datasink import PartSink
 from pipeline.datasource import MAX_TASK_RETRIES, read_plan
 from pipeline.errors import InfrastructureError
 from pipeline.generate import DISPATCH_DIED, GenerateSettings, GenerateStage
+from pipeline.open_rows import OpenRows
 from pipeline.shards import Plan
 from pipeline.storage import Store
 from pipeline.templating import TemplateSettings, template_shard
@@ -32,8 +33,6 @@ from pipeline.templating import TemplateSettings, template_shard
 TASK_OPTIONS = {"max_retries": MAX_TASK_RETRIES}
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
-MAX_CALLS = 256
-"""A plan has more shards only if this many hold more rows than all engines can use."""
 MAX_TWIN_FACTOR = 4
 """Templated shards that may wait in the dispatch process, per shard that is begun where no two rows are equal."""
 
@@ -163,66 +162,13 @@ def _deaths_explained() -> Iterator[None]:
         ) from error
 
 
-def open_rows_limit(window: int, rows_per_shard: int) -> int:
-    """Unfinished rows from which on no other shard is begun: enough to fill the window while some shards wait for their
-    last rows.
-
-    Every open shard is lost when the driver is killed, so no more than needed.
-    """
-    return math.ceil(1.5 * window) + rows_per_shard
-
-
-def uncommitted_rows_limit(window: int, rows_per_shard: int) -> int:
-    """Rows of finished shards that may wait for their commit before no other is begun: as many again, but enough for a
-    store that takes seconds.
-    """
-    return max(4 * rows_per_shard, open_rows_limit(window, rows_per_shard))
-
-
-def lookahead_rows(window: int) -> int:
-    """Rows that may be open beyond the limit where prompts begin alike but come far apart, so that more of them meet.
-
-    More of them are lost with the driver, too: four times as many as else with small engines, twice with large ones.
-    """
-    return min(8 * window, 2048)
-
-
-def rows_at_risk(window: int, rows_per_shard: int, *, begin_alike: bool = False) -> int:
-    """The most rows that a killed driver's successor does again; with `begin_alike`, of a run that looks ahead."""
-    limits = open_rows_limit(window, rows_per_shard) + uncommitted_rows_limit(window, rows_per_shard)
-    limits += lookahead_rows(window) if begin_alike else 0
-    return limits + 2 * rows_per_shard  # a limit is looked at before a shard, not after
-
-
-def num_calls(shard_rows: Sequence[int], limit: int, *, twin_factor: int) -> int:
-    """Shards that the dispatch process is handed at once: as many neighbours as have `limit` rows together.
-
-    Each is a thread of its, of which an engine with 512 sequences would otherwise start thousands for one-row shards.
-    """
-    most, first, rows = 1, 0, 0
-    for last, size in enumerate(shard_rows):
-        rows += size
-        while rows > limit and first < last:
-            rows -= shard_rows[first]
-            first += 1
-        most = max(most, last - first + 1)
-    return min(len(shard_rows), MAX_CALLS, (most + 1) * twin_factor)
-
-
 def generate_limits(flow: Flow, shard_rows: Sequence[int]) -> dict[str, Any]:
     """How many shards are begun at once, as arguments of `map_batches`."""
-    rows_per_shard = math.ceil(sum(shard_rows) / len(shard_rows))
-    limit = open_rows_limit(flow.window, rows_per_shard)
+    limits = OpenRows.of(flow.window, rows_per_shard=math.ceil(sum(shard_rows) / len(shard_rows)))
     # Rows that wait for a twin keep no engine busy, so that more shards may be needed to do that.
-    calls = num_calls(
-        shard_rows, limit + lookahead_rows(flow.window), twin_factor=MAX_TWIN_FACTOR if flow.generate.dedupe else 1
-    )
+    calls = limits.num_calls(shard_rows, twin_factor=MAX_TWIN_FACTOR if flow.generate.dedupe else 1)
     return {
-        "fn_constructor_kwargs": {
-            "max_open_rows": limit,
-            "lookahead_rows": lookahead_rows(flow.window),
-            "max_uncommitted_rows": uncommitted_rows_limit(flow.window, rows_per_shard),
-        },
+        "fn_constructor_kwargs": {"limits": limits},
         "compute": ray.data.ActorPoolStrategy(
             size=1, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=calls + 2
         ),

@@ -5,16 +5,17 @@ the input each have it computed again; sent one after the other, only the first 
 
 Guarantees:
 - every row added is taken once, discarded, or still here.
-- the oldest row is taken after `MAX_PASSED` others at most, however many are added that begin alike.
+- the oldest row is taken after `MAX_PASSED` others at most, however many are added that begin alike; those put back,
+  which go first, don't count.
 - without prompts, or where they share no more than all do, rows are taken in the order they were added.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -23,9 +24,9 @@ MIN_GAIN = 64
 MAX_PASSED = 256
 """Rows that may be taken before the oldest one: its shard is done no later than some others."""
 NEAR = 32
-"""Rows added in between, at most, for two rows to count as neighbours in the input."""
+"""Rows back to which an earlier one counts as near in the input: they meet in any case."""
 APART_SHARE = 0.1
-"""Of rows whose like is here but no neighbour: from it on more rows are worth waiting for."""
+"""Of rows that have more in common with one further back than with those near: from it on more are waited for."""
 MEMORY_ROWS = 256
 """Rows over which that share is averaged."""
 MAX_PROMPT_BYTES = 64 << 20
@@ -55,11 +56,15 @@ class FreshRows(Generic[Row]):
         """Number -> row and prompt, the oldest first."""
         self._by_prompt: list[tuple[bytes, int]] = []
         """Sorted, so that those that share most stand side by side; prompts too short to gain by it are left out."""
+        self._near: deque[bytes] = deque()
+        self._near_by_prompt: list[tuple[bytes]] = []
+        """The last prompts added, taken or not, sorted likewise."""
         self._num_added = self._num_put_back = 0
         self._num_bytes = 0
         self._apart = 0.0
         self._num_passed = 0
         """Rows taken since the oldest one was."""
+        self._is_in_order = False
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -73,18 +78,16 @@ class FreshRows(Generic[Row]):
         """Queue a row behind all others."""
         self._num_added += 1
         self._rows[self._num_added] = row, prompt
-        if len(prompt) >= MIN_GAIN * TOKEN_BYTES:
-            is_apart = self._meets_one_apart(prompt)
-            self._apart += (is_apart - self._apart) / MEMORY_ROWS
-            self._file(prompt, self._num_added)
+        is_apart = is_long(prompt) and self._has_like_only_far_back(prompt)
+        self._apart += (is_apart - self._apart) / MEMORY_ROWS
+        self._file(prompt, self._num_added)
 
     def put_back(self, row: Row, prompt: bytes) -> None:
         """Queue a row before all others."""
         self._num_put_back -= 1
         self._rows[self._num_put_back] = row, prompt
         self._rows.move_to_end(self._num_put_back, last=False)
-        if len(prompt) >= MIN_GAIN * TOKEN_BYTES:
-            self._file(prompt, self._num_put_back)
+        self._file(prompt, self._num_put_back)
 
     def take(self, after: bytes = b"") -> tuple[Row, bytes]:
         """Remove and return the row to send after one with that prompt, and its own.
@@ -94,15 +97,21 @@ class FreshRows(Generic[Row]):
         """
         if not self._rows:
             raise KeyError("no row is here")
-        oldest = next(iter(self._rows))
-        nearest, shared = self._nearest(after)
-        gain = shared - shared_tokens(after, self._rows[oldest][1])
-        if nearest is None or gain < MIN_GAIN or self._num_passed >= MAX_PASSED:
-            nearest = oldest
-        self._num_passed = 0 if nearest == oldest else self._num_passed + 1
-        row, prompt = self._rows.pop(nearest)
-        self._unfile(prompt, nearest)
+        number = oldest = next(iter(self._rows))
+        may_pass = is_long(after) and not self._is_in_order and self._num_passed < MAX_PASSED
+        if may_pass and (near := _beside(self._by_prompt, after)):
+            shared, nearest = max((shared_tokens(after, prompt), -number) for prompt, number in near)
+            if shared - shared_tokens(after, self._rows[oldest][1]) >= MIN_GAIN:
+                number = -nearest
+        if oldest > 0:
+            self._num_passed = 0 if number == oldest else self._num_passed + 1
+        row, prompt = self._rows.pop(number)
+        self._unfile(prompt, number)
         return row, prompt
+
+    def go_in_order(self) -> None:
+        """Have rows taken in the order they were added from now on."""
+        self._is_in_order = True
 
     def discard(self, is_gone: Callable[[Row], bool]) -> None:
         """Forget the rows of which this is true."""
@@ -111,28 +120,35 @@ class FreshRows(Generic[Row]):
                 del self._rows[number]
                 self._unfile(prompt, number)
 
-    def _nearest(self, prompt: bytes) -> tuple[int | None, int]:
-        """Number of the row that shares most with this prompt, and how many tokens."""
-        if len(prompt) < MIN_GAIN * TOKEN_BYTES:
-            return None, 0
-        at = bisect_left(self._by_prompt, (prompt,))
-        around = self._by_prompt[max(0, at - 1) : at + 1]
-        shared, number = max(((shared_tokens(prompt, other), -number) for other, number in around), default=(0, 0))
-        return (-number, shared) if shared else (None, 0)
-
-    def _meets_one_apart(self, prompt: bytes) -> bool:
-        """Whether a row that is here, but not lately added, begins as this one and not as all do."""
-        number, shared = self._nearest(prompt)
-        if number is None or self._num_added - number <= NEAR:
-            return False
-        return shared - shared_tokens(self._by_prompt[0][0], self._by_prompt[-1][0]) >= MIN_GAIN
+    def _has_like_only_far_back(self, prompt: bytes) -> bool:
+        """Whether it shares more with a row that is here than with any of those added last; then it is one of those."""
+        shared = max((shared_tokens(prompt, other) for other, _ in _beside(self._by_prompt, prompt)), default=0)
+        shared_near = max(
+            (shared_tokens(prompt, other) for (other,) in _beside(self._near_by_prompt, prompt)), default=0
+        )
+        insort(self._near_by_prompt, (prompt,))
+        self._near.append(prompt)
+        if len(self._near) > NEAR:
+            del self._near_by_prompt[bisect_left(self._near_by_prompt, (self._near.popleft(),))]
+        return shared - shared_near >= MIN_GAIN
 
     def _file(self, prompt: bytes, number: int) -> None:
-        insort(self._by_prompt, (prompt, number))
-        self._num_bytes += len(prompt)
+        if is_long(prompt):
+            insort(self._by_prompt, (prompt, number))
+            self._num_bytes += len(prompt)
 
     def _unfile(self, prompt: bytes, number: int) -> None:
-        at = bisect_left(self._by_prompt, (prompt, number))
-        if self._by_prompt[at : at + 1] == [(prompt, number)]:
-            del self._by_prompt[at]
+        if is_long(prompt):
+            del self._by_prompt[bisect_left(self._by_prompt, (prompt, number))]
             self._num_bytes -= len(prompt)
+
+
+def is_long(prompt: bytes) -> bool:
+    """Whether something can be gained by what it begins with."""
+    return len(prompt) >= MIN_GAIN * TOKEN_BYTES
+
+
+def _beside(by_prompt: Sequence[tuple[Any, ...]], prompt: bytes) -> Sequence[tuple[Any, ...]]:
+    """Entries of a sorted list between which the prompt would stand: one of them shares most with it."""
+    at = bisect_left(by_prompt, (prompt,))
+    return by_prompt[max(0, at - 1) : at + 1]

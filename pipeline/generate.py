@@ -20,6 +20,7 @@ from pipeline.errors import InfrastructureError
 from pipeline.labels import LabelRule
 from pipeline.monitor import Figures, Order
 from pipeline.multi_labels import MultiLabelRule
+from pipeline.open_rows import OpenRows
 from pipeline.outcomes import Outcome
 from pipeline.results import ResultBuilder
 from pipeline.rows import ERROR, FILE, PROMPT_IDS, ROW, SHARD, sampling_texts
@@ -59,23 +60,11 @@ class GenerateSettings:
 class GenerateStage:
     """One instance per run serves all shards, so that one dispatch board sees all rows."""
 
-    def __init__(
-        self,
-        fleet: Any,
-        monitor: Any,
-        settings: GenerateSettings,
-        *,
-        max_open_rows: int,
-        lookahead_rows: int,
-        max_uncommitted_rows: int,
-    ) -> None:
-        """`lookahead_rows` may be open beyond `max_open_rows` where prompts begin alike but come far apart."""
+    def __init__(self, fleet: Any, monitor: Any, settings: GenerateSettings, *, limits: OpenRows) -> None:
         if _is_second_life():
             monitor.note_dispatch_death.remote()
             raise InfrastructureError(DISPATCH_DIED)
-        self._max_open_rows = max_open_rows
-        self._lookahead_rows = lookahead_rows
-        self._max_uncommitted_rows = max_uncommitted_rows
+        self._limits = limits
         self._settings = settings
         self._builder = ResultBuilder(settings.schema, settings.routing, settings.moe, settings.labels)
         self._figures = Figures()
@@ -110,9 +99,12 @@ class GenerateStage:
         """Whether another shard may be begun: what is begun and not committed is lost with the driver."""
         if self._figures.draining or self._poster is None or self._poster.done():  # done: the run has ended without us
             return True
-        uncommitted = self._figures.rows_handed_on - self._committed_rows
-        max_open_rows = self._max_open_rows + (self._lookahead_rows if self._dispatcher.wants_more else 0)
-        return uncommitted < self._max_uncommitted_rows and self._dispatcher.num_open_rows < max_open_rows
+        return self._limits.allow(
+            unfinished=self._dispatcher.num_unfinished,
+            begun=self._dispatcher.num_open_rows,
+            uncommitted=self._figures.rows_handed_on - self._committed_rows,
+            looks_ahead=self._dispatcher.wants_more,
+        )
 
     async def _generate(self, prompts: pa.Table) -> pa.Table:
         requests = shard_requests(prompts, self._settings)

@@ -29,9 +29,9 @@ def own_ray() -> Iterator[None]:
             object_store_memory=256 << 20,
             _temp_dir=folder,
         )
-    try:
-        with without_data_actors():
+    with without_data_actors():
+        try:
             yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)

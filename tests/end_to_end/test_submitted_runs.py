@@ -251,10 +251,14 @@ def test_a_synthesis_has_its_later_steps_done_too(
     store = fsspec.filesystem("s3", skip_instance_cache=True)
     found = {name: [row for path in store.find(f"{output}/{name}") for row in read_part(store, path)] for name in KINDS}
     assert len(found["records"]) + len(found["dropped"]) == 12
+    assert found["records"]
     for record in found["records"]:
         assert [message["role"] for message in json.loads(record["record"])] == ["user", "assistant"] * 2
-    halves = {path.split("/turns/")[1].rsplit("-", 1)[0] for path in store.ls(f"{output}/turns", detail=False)}
-    assert halves == {"2-user", "2-assistant"}
+    report = json.loads(store.cat_file(f"{output}/synthesis.json"))["synthesis"]
+    assert [step["step"].split("-")[:2] for step in report["steps"]] == [
+        ["/turns/2", "user"],
+        ["/turns/2", "assistant"],
+    ]
 
 
 KINDS = ("records", "dropped")

@@ -15,7 +15,7 @@ import pytest
 from jobs.prepare import PreparedJob
 from jobs.status import read_status, status_lines
 from pipeline.flights import WINDOW_FACTOR
-from pipeline.flow import rows_at_risk
+from pipeline.open_rows import OpenRows
 from tests.driver_processes import Driver, DriverLauncher, wait_until
 from tests.part_watcher import PartWatcher, part_names
 from tests.scripted_engine import ScriptedConfig
@@ -72,7 +72,7 @@ class KilledRun:
 
     def open_rows(self) -> int:
         """Rows of the shards that are open at one moment: what one kill may cost."""
-        return rows_at_risk(WINDOW_FACTOR * NUM_SEQS, self.job.plan.rows_per_shard)
+        return OpenRows.of(WINDOW_FACTOR * NUM_SEQS, self.job.plan.rows_per_shard).at_risk()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import ray
 from cluster.pools import PoolPlan
 from jobs.engines import Engines, KeptEngines, kept_engines
 from jobs.interrupts import Interrupts
+from tests.driver_processes import wait_until
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import TINY_MOE
 
@@ -38,10 +39,10 @@ def test_a_fleet_is_kept_for_runs_that_want_it_and_replaced_when_it_is_lost() ->
         first = live_fleet(kept, scripted_engines())
         assert live_fleet(kept, scripted_engines()) == first
         ray.kill(first)
+        wait_until(lambda: not is_live(first), "the fleet is gone")
         second = live_fleet(kept, scripted_engines())
         assert is_live(second)
-        assert not is_live(first)
         other = live_fleet(kept, scripted_engines(max_num_seqs=3))
         assert is_live(other)
-        assert not is_live(second)
-    assert not is_live(other)
+        wait_until(lambda: not is_live(second), "the one before is stopped")
+    wait_until(lambda: not is_live(other), "the last one is stopped")

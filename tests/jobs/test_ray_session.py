@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from jobs.lean_ray import without_data_actors
 from jobs.ray_session import ray_session
 from pipeline.errors import InfrastructureError
+from tests.whole_runs import make_job, run_scripted, write_prompts
 
 SCRIPT = """
 import json
@@ -48,6 +51,26 @@ def test_a_ray_session_is_its_own_quiet_authenticated_and_gone_afterwards(tmp_pa
     assert facts.pop("cpus") >= 4
     assert facts == {"token": True, "private": True, "kept": True, "idle": [], "gone": True}
     assert done.stderr == ""
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_starts_no_actors_of_ray_data_beside_its_own(tmp_path: Path) -> None:
+    import ray
+
+    before = ray._private.state.actors()
+    assert run_scripted(make_job(write_prompts(tmp_path / "in.parquet", 8), tmp_path / "out"))["exit_code"] == 0
+    names = {each["ActorClassName"] for actor, each in ray._private.state.actors().items() if actor not in before}
+    assert any("GenerateStage" in name for name in names)
+    assert not [name for name in names if re.search("Coordinator|Tracker|StatsActor", name)]
+
+
+def test_a_ray_without_what_is_replaced_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.data._internal.execution.operators import actor_pool_map_operator
+
+    monkeypatch.delattr(actor_pool_map_operator, "get_actor_locations")
+    kept = actor_pool_map_operator.get_or_create_actor_location_tracker
+    with without_data_actors():
+        assert actor_pool_map_operator.get_or_create_actor_location_tracker is kept
 
 
 def test_a_ray_that_does_not_come_up_is_a_line_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,8 +76,31 @@ def requests(*first_ids: int, **more: Any) -> list[Request | None]:
     return [Request("", [1, first, 1000 + n], sampling, None, **more) for n, first in enumerate(first_ids)]
 
 
-def dispatcher(line: Line) -> Dispatcher:
-    return Dispatcher(line.fleet, max_attempts=3, hang_timeout_s=60.0, on_outcome=lambda *_: None)
+def dispatcher(line: Line, **more: Any) -> Dispatcher:
+    return Dispatcher(line.fleet, max_attempts=3, hang_timeout_s=60.0, on_outcome=lambda *_: None, **more)
+
+
+@pytest.mark.parametrize("begins_at_once", [False, True])
+def test_rows_that_begin_alike_are_sent_together_but_in_turn_where_somebody_waits_for_each(
+    begins_at_once: bool,
+) -> None:
+    async def work() -> list[int]:
+        line, sent = await Line.to(ScriptedConfig()), []
+
+        async def submit(batch: list[Request]) -> None:
+            sent.extend(request.prompt_token_ids[1] for request in batch)
+            await line.replica.submit(batch)
+
+        line._member.handle.submit = _remote(submit)
+        sampling = SamplingSettings(temperature=0, max_tokens=2)
+        asked = [Request("", [1, *[500 + n % 3] * 100, 1000 + n], sampling, None) for n in range(12)]
+        outcomes = await dispatcher(line, begins_at_once=begins_at_once).generate(asked)
+        assert outcomes is not None
+        assert all(outcome is not None and outcome.result.failure is None for outcome in outcomes)
+        return sent
+
+    sent = asyncio.run(asyncio.wait_for(work(), 60))
+    assert sent == ([500, 501, 502] * 4 if begins_at_once else [500] * 4 + [501] * 4 + [502] * 4)
 
 
 def test_one_that_was_silent_for_long_gets_every_row_done_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

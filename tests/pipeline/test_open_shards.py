@@ -1,4 +1,4 @@
-"""How many shards are begun at once: enough for the engines, and no more than a killed driver may lose."""
+"""The gate before the dispatcher: shards wait there until what is open allows another."""
 
 from __future__ import annotations
 
@@ -8,41 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pipeline.flow import MAX_CALLS, lookahead_rows, num_calls, open_rows_limit, rows_at_risk, uncommitted_rows_limit
 from pipeline.generate import GenerateSettings, GenerateStage
+from pipeline.open_rows import OpenRows
 from pipeline.settings import LimitSettings, RoutingSettings
-
-sizes = st.lists(st.integers(1, 5000), min_size=1, max_size=600)
-
-
-@given(sizes, st.integers(1, 20_000))
-def test_whatever_the_sizes_the_calls_are_few_and_enough_rows_for_the_limit_fit_in_them(
-    shard_rows: list[int], limit: int
-) -> None:
-    calls = num_calls(shard_rows, limit, twin_factor=1)
-    assert 1 <= calls <= min(len(shard_rows), MAX_CALLS)
-    if calls < min(len(shard_rows), MAX_CALLS):
-        neighbours = zip(*(shard_rows[start:] for start in range(calls)), strict=False)
-        assert all(sum(rows) >= limit for rows in neighbours)
-
-
-def test_small_shards_among_large_ones_are_open_together() -> None:
-    assert num_calls([4096] * 250, 1600, twin_factor=1) == 2
-    assert num_calls([4096] * 250, 1600, twin_factor=4) == 8
-    assert num_calls([1] * 10_000 + [4096] * 250, 1600, twin_factor=1) == MAX_CALLS
-    assert num_calls([1] * 3, 1600, twin_factor=4) == 3
-
-
-def test_what_a_kill_may_cost_is_what_may_be_open_and_uncommitted() -> None:
-    assert open_rows_limit(32, 64) == 48 + 64
-    assert uncommitted_rows_limit(32, 64) == 4 * 64
-    assert uncommitted_rows_limit(1024, 64) == open_rows_limit(1024, 64)
-    assert rows_at_risk(32, 64) == 112 + 256 + 128
-    assert rows_at_risk(32, 64, begin_alike=True) == 112 + 256 + 128 + 256
-    assert lookahead_rows(1024) == 2048
 
 
 class Monitor:
@@ -61,12 +30,16 @@ class Dispatch:
 
     def __init__(self) -> None:
         self.open: list[tuple[int, asyncio.Future[None]]] = []
-        self.num_in_flight = self.num_replicas = 0
+        self.num_in_flight = self.num_replicas = self.num_finished = 0
         self.is_drained = self.wants_more = False
 
     @property
     def num_open_rows(self) -> int:
         return sum(rows for rows, _ in self.open)
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.num_open_rows - self.num_finished
 
     async def generate(self, requests: list[Any], digests: Any) -> list[Any]:
         mine = (len(requests), asyncio.get_running_loop().create_future())
@@ -86,7 +59,8 @@ class Dispatch:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> GenerateStage:
     settings = GenerateSettings(0, "", pa.schema([]), RoutingSettings(), LimitSettings(), None, dedupe=False)
-    stage = GenerateStage(None, Monitor(), settings, max_open_rows=25, lookahead_rows=30, max_uncommitted_rows=40)
+    limits = OpenRows(unfinished=25, begun=60, uncommitted=40, lookahead=30, rows_per_shard=10)
+    stage = GenerateStage(None, Monitor(), settings, limits=limits)
     counters = SimpleNamespace(to_json_bytes=lambda: b"{}")
     stage._builder = SimpleNamespace(build=lambda prompts, outcomes: (prompts, counters))  # type: ignore[assignment]
     stage._dispatcher = Dispatch()  # type: ignore[assignment]
@@ -156,6 +130,22 @@ def test_more_shards_are_open_while_prompts_begin_alike_but_come_far_apart(stage
         dispatch.wants_more = False
         dispatch.let_go(3)
         await open_rows_become(stage, 30)
+        stage._monitor.order = "abandon"
+        dispatch.abandon = lambda: dispatch.let_go(8)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_shards_that_wait_for_their_last_rows_keep_no_others_out_until_there_are_many(stage: GenerateStage) -> None:
+    async def work() -> None:
+        dispatch = stage._dispatcher
+        tasks = [asyncio.ensure_future(stage(shard)) for shard in shards(8)]
+        await open_rows_become(stage, 30)
+        dispatch.num_finished = 27
+        await open_rows_become(stage, 60)  # 33 unfinished
+        dispatch.num_finished = 55
+        await open_rows_become(stage, 60)  # as many as may be begun
         stage._monitor.order = "abandon"
         dispatch.abandon = lambda: dispatch.let_go(8)
         await asyncio.gather(*tasks)
