@@ -24,6 +24,7 @@ from pathlib import Path
 from cluster.batch_records import INPUT, SPEC, BatchFolder
 from cluster.batch_states import is_over, is_to_end
 from jobs.main import main
+from jobs.process_priority import stand_back
 
 _PR_SET_PDEATHSIG = 1
 
@@ -36,6 +37,7 @@ def do_step() -> None:
     """
     step, path, address, fleet, parent = sys.argv[1:]
     _end_with(int(parent))
+    stand_back()
     batch = BatchFolder(Path(path))
     with _alone(batch):
         if is_over(batch.facts()):

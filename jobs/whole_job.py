@@ -8,6 +8,7 @@ from typing import Any
 from jobs.incremental import run_if_incremental
 from jobs.job_spec import JobSpec
 from jobs.prepare import PreparedJob, prepare
+from jobs.process_priority import stand_back
 from jobs.report import id_warnings
 from jobs.run import RunOptions, run_job
 from jobs.synthesis import run_synthesis
@@ -25,6 +26,8 @@ def run_whole(
     Raises:
         RunError: as `run_job`.
     """
+    if spec.fleet.attach is not None:  # others use that fleet, and people may wait for it
+        stand_back()
     if (report := run_if_incremental(spec, options, say=say, finished=finished)) is not None:
         return report
     job = prepare(spec)

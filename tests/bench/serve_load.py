@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import ray
 
-from jobs.run import RunOptions, run_job
 from pipeline.engine import ONLINE_PRIORITY, Request
 from pipeline.model import fetch_model
 from pipeline.settings import SamplingSettings
 from pipeline.vllm_engine import VllmEngineConfig
 from tests.endpoints import MODEL, Served, served
 from tests.own_ray import own_ray
-from tests.whole_runs import check_whole, make_job, write_prompts
+from tests.whole_runs import check_whole, spec_text, write_prompts
 
 
 @dataclass
@@ -104,6 +103,18 @@ def first_answer(running: Served) -> None:
     print(f"from a warm fleet to the first answer: {running.started_s + time.monotonic() - began:.1f} s")
 
 
+def batch(prompts: Path, output: Path) -> int:
+    """`tramontane run` on the endpoint's fleet; returns its exit code."""
+    spec = prompts.with_suffix(".yaml")
+    changes = {"model": MODEL.model_dump(), "sampling": {"max_tokens": 32}, "fleet": {"attach": "tiny"}}
+    spec.write_text(spec_text(prompts, output, **changes))
+    command = [str(Path(sys.executable).with_name("tramontane")), "run", str(spec), "--quiet"]
+    began = time.monotonic()
+    done = subprocess.run([*command, "--ray", ray.get_runtime_context().gcs_address], check=False)
+    print(f"the batch took {time.monotonic() - began:.1f} s, exit code {done.returncode}")
+    return done.returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=64)
@@ -123,16 +134,14 @@ def main() -> int:
         thread.join()
         print(f"{options.clients} clients alone: {alone.line()}")
         path = write_prompts(Path(f) / "in.parquet", options.rows)
-        job = make_job(path, Path(f) / "out", sampling={"max_tokens": 32}, fleet={"priority": "low"})
         thread, beside = load(running.url, options.clients, options.seconds)
-        summary: dict[str, Any] = run_job(job, RunOptions(quiet=True), say=print, fleet=running.fleet)
+        exit_code = batch(path, Path(f) / "out")
         thread.join()
         print(f"{options.clients} clients beside {options.rows} rows: {beside.line()}")
         check_whole(Path(f) / "out", options.rows)
-        print(json.dumps({"rows": summary["counts"], "exit_code": summary["exit_code"]}))
         for failure in [*alone.failures, *beside.failures][:5]:
             print(failure)
-        return 1 if alone.failures or beside.failures or summary["exit_code"] else 0
+        return 1 if alone.failures or beside.failures or exit_code else 0
 
 
 if __name__ == "__main__":

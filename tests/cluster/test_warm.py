@@ -16,6 +16,7 @@ from ray.util import placement_group_table
 
 from cluster.pools import PoolPlan, SlotShape
 from cluster.warm import Attachment, WarmFleet, describe_fleet, find_fleet, raise_fleet, take_down, warm_fleets
+from jobs.process_priority import LAST
 from pipeline.errors import SpecError
 from pipeline.model import fetch_model
 from pipeline.settings import ModelSettings
@@ -94,6 +95,7 @@ def test_runs_share_a_warm_fleet_and_the_urgent_one_is_done_first(warm: Any, run
 
     slow = runs.start("slow", 15_000)  # 47 s on two replicas: several times what the urgent run takes to start
     wait_until(lambda: num_finished(tmp_path / "finishes") > 300 or slow.ended, "the slow run is under way")
+    assert psutil.Process(slow.pid).nice() == LAST, "engines that people wait for come first"
     urgent = runs.start("urgent", 300, priority="high")
     assert urgent.wait() == 0, urgent.said
     assert not slow.ended, "the urgent run was done first"

@@ -36,7 +36,7 @@ def test_a_synthesis_needs_no_section_of_its_own() -> None:
         ("synthesize.samplers.year.range=[3, 1]", "3 is more than 1"),
         ("synthesize.samplers={the tone: {range: [1, 2]}}", "can't be a column of a template"),
         (
-            "synthesize={samplers: {conversation: {range: [1, 2]}}, conversation: {user: '{{ conversation }}'}}",
+            "synthesize={samplers: {conversation: {range: [1, 2]}}, conversation: {turns: 2, user: '{{ text }}'}}",
             "what the prompt for the user's turns calls the talk so far",
         ),
         ("synthesize.filters.matches='('", "no regular expression"),
