@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.choices import ChoiceTree, Ids
-from pipeline.engine import Completion, Request, Sample, Timing
+from pipeline.engine import Completion, Request, Sample, Timing, plain_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class OpenChoices:
         questions = {f"{request.request_id}/{number}": each for number, each in enumerate(tree.questions)}
         self._open[request.request_id] = _Open(request, tree, {name: each.after for name, each in questions.items()})
         self._request_of |= dict.fromkeys(questions, request.request_id)
-        prompt = list(request.prompt_token_ids)
+        prompt = plain_ids(request.prompt_token_ids)
         return [Probe(name, [*prompt, *each.after], each.tokens) for name, each in questions.items()]
 
     def answer(self, probe_id: str, answer: Answer) -> Completion | None:

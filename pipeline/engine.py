@@ -40,13 +40,22 @@ class EngineInfo:
     """Requests that it should hold beyond those it can run, because it may begin the next before it is asked again."""
 
 
+TokenIds = Sequence[int] | NDArray[np.int32]
+"""An array takes 4 bytes a token, where a list takes 36: a run has thousands of prompts open."""
+
+
+def plain_ids(token_ids: TokenIds) -> list[int]:
+    """As a list of Python's own integers."""
+    return [int(each) for each in token_ids] if isinstance(token_ids, Sequence) else token_ids.tolist()
+
+
 @dataclass(frozen=True)
 class Request:
     """One row on its way to an engine."""
 
     request_id: str
     """Unique among the unfinished requests of one engine."""
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: TokenIds
     sampling: SamplingSettings
     seed: int | None
     """Seed of sample 0; sample i uses seed + i."""

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from pipeline.engine import TokenIds
 
 MIN_GAIN = 64
 """Tokens that a row must share with the last one beyond what the oldest row does: four blocks of vLLM's cache."""
@@ -36,7 +38,7 @@ TOKEN_BYTES = 4
 Row = TypeVar("Row")
 
 
-def prompt_bytes(token_ids: Iterable[int]) -> bytes:
+def prompt_bytes(token_ids: TokenIds) -> bytes:
     """A prompt as `FreshRows` compares it."""
     return np.asarray(token_ids, np.int32).tobytes()
 

@@ -7,15 +7,18 @@ the run.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.choices import ChoiceTree
 from pipeline.dispatcher import Dispatcher
-from pipeline.engine import MoeShape, Request
+from pipeline.engine import MoeShape, Request, TokenIds
 from pipeline.errors import InfrastructureError
 from pipeline.labels import LabelRule
 from pipeline.monitor import Figures, Order
@@ -189,7 +192,7 @@ def _is_second_life() -> bool:
 
 def shard_requests(prompts: pa.Table, settings: GenerateSettings) -> list[Request | None]:
     """One request per row that templating let through, None for the others; request ids are dispatch's to give."""
-    ids = prompts.column(PROMPT_IDS).to_pylist()
+    ids = _views(prompts.column(PROMPT_IDS))
     sampling = sampling_texts(prompts)
     errors = prompts.column(ERROR).is_null().to_pylist()
     rows = prompts.column(ROW).to_pylist()
@@ -198,6 +201,13 @@ def shard_requests(prompts: pa.Table, settings: GenerateSettings) -> list[Reques
         _request(row_ids, sampling_from_json(row_sampling or ""), settings, file, row) if sound else None
         for row_ids, row_sampling, sound, row in zip(ids, sampling, errors, rows, strict=True)
     ]
+
+
+def _views(lists: pa.ChunkedArray) -> list[NDArray[np.int32]]:
+    """Each row's token ids, where they lie in the table; those of a null are empty."""
+    whole = lists.combine_chunks()
+    offsets, values = whole.offsets.to_numpy(), whole.values.to_numpy()
+    return [values[start:end] for start, end in itertools.pairwise(offsets)]
 
 
 def depends_on_nothing_else(request: Request) -> bool:
@@ -218,7 +228,7 @@ def detach_counters(table: pa.Table) -> tuple[pa.Table, int, bytes]:
     return table.drop_columns([SHARD, COUNTERS]), shard, counters
 
 
-def _request(ids: list[int], sampling: SamplingSettings, settings: GenerateSettings, file: str, row: int) -> Request:
+def _request(ids: TokenIds, sampling: SamplingSettings, settings: GenerateSettings, file: str, row: int) -> Request:
     base = settings.seed if sampling.seed is None else sampling.seed  # a row may bring its own
     return Request(
         request_id="",

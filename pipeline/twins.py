@@ -7,11 +7,13 @@ their outcome is a function of the request. A failed outcome is shared with the 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Generic, TypeVar
 
 import numpy as np
+
+from pipeline.engine import TokenIds
 
 MAX_KEPT_BYTES = 128 << 20
 """Of outcomes in memory: with Mixtral 8x7B's routing (2.3 kB a row) and 300 tokens of text about 30,000 of them."""
@@ -20,7 +22,7 @@ Key = TypeVar("Key")
 Result = TypeVar("Result")
 
 
-def request_digest(prompt_token_ids: Sequence[int], sampling_json: str) -> bytes:
+def request_digest(prompt_token_ids: TokenIds, sampling_json: str) -> bytes:
     """16 bytes that are equal for equal requests of one run."""
     ids = np.asarray(prompt_token_ids, np.int32).tobytes()
     return blake2b(ids + sampling_json.encode(), digest_size=16).digest()

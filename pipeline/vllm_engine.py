@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Piece, Request
+from pipeline.engine import Completion, EngineInfo, Failure, MoeShape, Piece, Request, plain_ids
 from pipeline.errors import RequestRefused, SpecError
 from pipeline.json_schemas import schema_text
 from pipeline.meeting import Meeting, own_address
@@ -145,7 +145,7 @@ class VllmEngine:
             return
         params = _sampling_params(request.sampling, request.seed)
         _ask_for_more(params, request)
-        self._add(request.request_id, list(request.prompt_token_ids), params, request.priority)
+        self._add(request.request_id, plain_ids(request.prompt_token_ids), params, request.priority)
         self._open.open(request)
 
     def _add_choice(self, request: Request) -> None:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from tests.bench.contestants import Command, environment
 
 INTERVAL_S = 0.25
-ENGINE_TITLES = ("ray::FleetReplica", "ray::MapWorker(MapBatches(vLLMEngineStage", "VLLM::")
+ENGINE_TITLES = ("ray::Replica", "ray::MapWorker(MapBatches(vLLMEngineStage", "VLLM::")
 """How the titles of processes begin that hold an engine."""
 
 
@@ -62,7 +62,8 @@ class _Watch:
         total = 0
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get("TRAMONTANE_BENCH_RUN") != self.mark:
+                # vLLM's engine core writes its title over its environment, but its parent is known.
+                if process.ppid() not in self.cpu and process.environ().get("TRAMONTANE_BENCH_RUN") != self.mark:
                     continue
                 times, memory = process.cpu_times(), process.memory_info()
                 title = " ".join(process.cmdline())

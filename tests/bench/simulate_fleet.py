@@ -5,7 +5,8 @@
 Only engines and network are imagined: rows have log-normal lengths, a replica runs `--sequences` of them at once at its
 speed, and tells of finished rows once per `POLL_S`, as `pipeline.flights` hears of them. What is measured is real:
 seconds of this process per row spent in decisions. What follows from the simulation: the share of sequences that stood
-idle while there was work for all, and how long the last rows took.
+idle while there was work for all, and how long the last tenth of the rows took, beside what it takes if each row's
+length is known and the longest go first, to wherever they are done soonest (LPT).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from pipeline.flights import RECALL_INTERVAL_S, WINDOW_FACTOR
 
 POLL_S = 0.05
 SHARD_ROWS = 256
-SPEEDS = (1.0, 2.0, 3.0)
+SPEEDS = (1.0, 2.0, 3.0, 4.0)
+TAIL_FROM = 90
+"""Percent of the rows that are done when the tail begins."""
 MEDIAN_S = 8.0
 """A row of median length on the slowest kind of replica."""
 
@@ -34,7 +37,8 @@ MEDIAN_S = 8.0
 class Replica:
     speed: float
     waiting: deque[int] = field(default_factory=deque)
-    running: int = 0
+    running: dict[int, float] = field(default_factory=dict)
+    """Row -> when it will be done."""
     finished: list[int] = field(default_factory=list)
     meter: SpeedMeter = field(default_factory=SpeedMeter)
 
@@ -49,6 +53,8 @@ class Simulation:
         self._sequences = sequences
         self._board: DispatchBoard[int] = DispatchBoard(max_attempts=3)
         self._replicas = {f"r{i}": Replica(SPEEDS[i % len(SPEEDS)]) for i in range(replicas)}
+        self._seconds = [self._random.lognormvariate(0.0, 0.6) * MEDIAN_S for _ in range(rows)]
+        """Of each row, at speed 1."""
         self._window = WINDOW_FACTOR * sequences
         self._events: list[tuple[float, int, str, int]] = []
         self._order = itertools.count()
@@ -59,9 +65,11 @@ class Simulation:
         self._busy_s = 0.0
         """Sequence-seconds until the input ran dry."""
         self._dry_at: float | None = None
+        self._done: set[int] = set()
         self.decision_s = 0.0
         self.num_done = 0
         self.done_at: list[float] = []
+        self._shortest_tail_s = 0.0
 
     def run(self) -> dict[str, float]:
         """Play to the end; returns the figures."""
@@ -107,20 +115,40 @@ class Simulation:
             self._fill(assignment.replica, replica)
 
     def _fill(self, name: str, replica: Replica) -> None:
-        while replica.waiting and replica.running < self._sequences:
-            replica.running += 1
-            took = self._random.lognormvariate(0.0, 0.6) * MEDIAN_S / replica.speed
+        while replica.waiting and len(replica.running) < self._sequences:
+            row = replica.waiting.popleft()
+            took = self._seconds[row] / replica.speed
+            replica.running[row] = self._now + took
             self._num_running += 1
-            self._at(took, name, replica.waiting.popleft())
+            self._at(took, name, row)
 
     def _finish(self, name: str, row: int) -> None:
         replica = self._replicas[name]
-        replica.running -= 1
+        del replica.running[row]
         self._num_running -= 1
         replica.finished.append(row)
+        self._done.add(row)
         self.num_done += 1
         self.done_at.append(self._now)
+        if self.num_done == TAIL_FROM * self._num_rows // 100:
+            self._shortest_tail_s = self._by_lengths()
         self._fill(name, replica)
+
+    def _by_lengths(self) -> float:
+        """Seconds until all is done if what runs stays where it is, and the rest goes by LPT."""
+        begun = {row for replica in self._replicas.values() for row in replica.running}
+        gone = begun | self._done
+        rest = sorted((each for row, each in enumerate(self._seconds) if row not in gone), reverse=True)
+        free: dict[float, list[float]] = {}
+        for replica in self._replicas.values():
+            places = [*replica.running.values(), *[self._now] * (self._sequences - len(replica.running))]
+            free.setdefault(replica.speed, []).extend(places)
+        for places in free.values():
+            heapq.heapify(places)
+        for each in rest:
+            speed = min(free, key=lambda speed: free[speed][0] + each / speed)
+            heapq.heapreplace(free[speed], free[speed][0] + each / speed)
+        return max(max(places) for places in free.values()) - self._now
 
     def _poll(self, name: str) -> None:
         replica = self._replicas[name]
@@ -143,7 +171,7 @@ class Simulation:
         self._balanced_at = self._now
         began = time.perf_counter()
         loads = {
-            name: Load(r.running + len(r.waiting), self._sequences, len(r.waiting), r.meter.rate)
+            name: Load(len(r.running) + len(r.waiting), self._sequences, len(r.waiting), r.meter.rate)
             for name, r in self._replicas.items()
         }
         recall = choose_recall(loads)
@@ -164,6 +192,8 @@ class Simulation:
             "rows_per_s_at_which_one_core_is_full": round(self._num_rows / self.decision_s),
             "idle_share_until_the_input_is_dry": round(1 - self._busy_s / (dry * capacity), 4),
             "from_dry_to_done_s": round(wall - dry, 1),
+            "last_tenth_s": round(wall - self.done_at[TAIL_FROM * self._num_rows // 100 - 1], 1),
+            "last_tenth_by_lengths_s": round(self._shortest_tail_s, 1),
         }
 
 
@@ -172,6 +202,7 @@ if __name__ == "__main__":
     parser.add_argument("--replicas", type=int, default=200)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()
-    figures = Simulation(replicas=chosen.replicas, rows=chosen.rows, sequences=chosen.sequences).run()
+    figures = Simulation(replicas=chosen.replicas, rows=chosen.rows, sequences=chosen.sequences, seed=chosen.seed).run()
     print(json.dumps(figures))
