@@ -31,7 +31,7 @@ from tests.bench.workloads import num_documents, rows_of, write_rows
 SHORT_SHARE = 7
 """The short run has one row in so many of the long one's."""
 MAX_MODEL_LEN = 2048
-KV_BLOCK_TOKENS, TOKENS_PER_DOCUMENT = 16, 280
+KV_BLOCK_TOKENS, TOKENS_PER_DOCUMENT = 128, 300
 PREFIX_CACHE_SHARE = 20
 """Of `prefixes`, the KV cache holds one document in so many, beside what runs."""
 
@@ -49,7 +49,7 @@ def engine_args(workload: str, num_rows: int, max_num_seqs: int) -> dict[str, An
     }
     if workload == "prefixes":
         kept = num_documents(num_rows) // PREFIX_CACHE_SHARE + max_num_seqs
-        args["num_gpu_blocks_override"] = kept * (TOKENS_PER_DOCUMENT // KV_BLOCK_TOKENS + 2)
+        args["num_gpu_blocks_override"] = kept * -(-TOKENS_PER_DOCUMENT // KV_BLOCK_TOKENS)
     return args
 
 
