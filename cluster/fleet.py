@@ -129,6 +129,11 @@ class Fleet:
             "versions": next((m.info.versions for m in self._roster.members.values()), {}),
         }
 
+    async def waits_for(self) -> str | None:
+        """What keeps all of its replicas from being placed, in words; None once one is."""
+        is_placed = any(replica.state != "waiting" for replica in self._replicas.values())
+        return None if is_placed else self._obstacles()
+
     async def described(self) -> Any:
         """What it was started with as a warm fleet."""
         return self._description

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 
-LAST = 19
+LAST = 17
 """Ray 2.60 starts workers, engines among them, at niceness 15; a driver at 0 would come before them all, and its
-imports alone take seconds of a core."""
+imports alone take seconds of a core. Not 19: a busy machine would then keep it from renewing its lease in time."""
 
 
 def stand_back() -> None:
-    """Let every other process have the processor first, for good: niceness can't be lowered again."""
-    os.nice(LAST)
+    """Let engines have the processor first, for good: niceness can't be lowered again.
+
+    Before threads are started: those that run keep theirs.
+    """
+    os.nice(max(0, LAST - os.nice(0)))

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 LOOK_INTERVAL_S = 0.25
 DEMAND_INTERVAL_S = 2.0
 """How often the fleet hears what is left to do, so that it can grow, shrink, and forget a run that has died."""
+WAIT_SAID_AFTER_S = 10.0
+"""How long a run waits for a place for its engines before it says so."""
 DISPATCH_SILENT_S = 60.0
 """Dispatch speaks twice a second. When its process dies, Ray Data 2.60 mostly ends the flow, but at times, and always
 when no shard is with it, waits for ever."""
@@ -69,6 +71,10 @@ class Supervisor:
         self._demanded_at = -math.inf
         self._wanted: Any = None
         """The fleet's answer on its way: replicas that it wants."""
+        self._began_at = time.monotonic()
+        self._obstacle: Any = None
+        """Likewise: what it waits for."""
+        self._obstacle_said: str | None = None
         retried = rows_to_do + rows_before.num_rows - job.plan.num_rows if retries_failed else 0
         self._failed_before = max(0, rows_before.samples.get("failed", 0) - retried)
         self._tracker = ProgressTracker(
@@ -191,6 +197,22 @@ class Supervisor:
                 self._tracker.replicas_wanted = ray.get(self._wanted)
         rows_left = self._rows_to_do - self._figures.rows_done if self.goes_on else self._figures.rows_in_flight
         self._wanted = self._fleet.want.remote(self._execution.run_id, max(0, rows_left))
+        self._say_what_it_waits_for(now)
+
+    def _say_what_it_waits_for(self, now: float) -> None:
+        import ray
+
+        if self._figures.replicas_up or now - self._began_at < WAIT_SAID_AFTER_S:
+            return
+        if self._obstacle is None:
+            self._obstacle = self._fleet.waits_for.remote()
+        elif ray.wait([self._obstacle], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):
+                words = ray.get(self._obstacle)
+                if words is not None and words != self._obstacle_said:
+                    self._obstacle_said = words
+                    self._display.say(f"no replica yet: {words}")
+            self._obstacle = None
 
     def _check_lease(self) -> None:
         if self._lease is None or self._lease_lost is not None:

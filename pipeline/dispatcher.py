@@ -70,6 +70,11 @@ class Dispatcher:
         return self._shards.num_leading_rows
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the fleet has given up: every `generate` raises."""
+        return self._shards.failure is not None
+
+    @property
     def num_unfinished(self) -> int:
         """Rows without an outcome that an engine has to do."""
         return self._flights.num_unfinished

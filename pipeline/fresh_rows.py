@@ -5,8 +5,8 @@ the input each have it computed again; sent one after the other, only the first 
 
 Guarantees:
 - every row added is taken once, discarded, or still here.
-- the oldest row is taken after `MAX_PASSED` others at most, however many are added that begin alike; those put back,
-  which go first, don't count.
+- the oldest row is taken after `MAX_PASSED` others at most, however many are added that begin alike; those put back are
+  taken next.
 - without prompts, or where they share no more than all do, rows are taken in the order they were added.
 """
 
@@ -33,14 +33,16 @@ MEMORY_ROWS = 256
 """Rows over which that share is averaged."""
 MAX_PROMPT_BYTES = 64 << 20
 """Of waiting prompts, four to a token: no more are waited for beyond it."""
+MAX_COMPARED = 4096
+"""Tokens of a prompt that are looked at: what is shared beyond them adds little to what is gained by those."""
 TOKEN_BYTES = 4
 
 Row = TypeVar("Row")
 
 
 def prompt_bytes(token_ids: TokenIds) -> bytes:
-    """A prompt as `FreshRows` compares it."""
-    return np.asarray(token_ids, np.int32).tobytes()
+    """A prompt as `FreshRows` compares it; empty for one too short to gain by it."""
+    return np.asarray(token_ids[:MAX_COMPARED], np.int32).tobytes() if len(token_ids) >= MIN_GAIN else b""
 
 
 def shared_tokens(one: bytes, other: bytes) -> int:
@@ -100,7 +102,7 @@ class FreshRows(Generic[Row]):
         if not self._rows:
             raise KeyError("no row is here")
         number = oldest = next(iter(self._rows))
-        may_pass = is_long(after) and not self._is_in_order and self._num_passed < MAX_PASSED
+        may_pass = oldest > 0 and is_long(after) and not self._is_in_order and self._num_passed < MAX_PASSED
         if may_pass and (near := _beside(self._by_prompt, after)):
             shared, nearest = max((shared_tokens(after, prompt), -number) for prompt, number in near)
             if shared - shared_tokens(after, self._rows[oldest][1]) >= MIN_GAIN:

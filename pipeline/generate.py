@@ -102,6 +102,8 @@ class GenerateStage:
         """Whether another shard may be begun: what is begun and not committed is lost with the driver."""
         if self._figures.draining or self._poster is None or self._poster.done():  # done: the run has ended without us
             return True
+        if self._dispatcher.has_failed:
+            return True
         return self._limits.allow(
             unfinished=self._dispatcher.num_unfinished,
             begun=self._dispatcher.num_open_rows,
@@ -204,8 +206,8 @@ def shard_requests(prompts: pa.Table, settings: GenerateSettings) -> list[Reques
 
 
 def _views(lists: pa.ChunkedArray) -> list[NDArray[np.int32]]:
-    """Each row's token ids, where they lie in the table; those of a null are empty."""
-    whole = lists.combine_chunks()
+    """Each row's token ids, where they lie in the table if that is of one piece; those of a null are empty."""
+    whole = lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
     offsets, values = whole.offsets.to_numpy(), whole.values.to_numpy()
     return [values[start:end] for start, end in itertools.pairwise(offsets)]
 

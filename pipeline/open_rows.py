@@ -13,9 +13,9 @@ from dataclasses import dataclass
 MAX_CALLS = 256
 """A plan has more shards only if this many hold more rows than all engines can use."""
 OPEN_FACTOR = 4
-"""Rows of begun shards, done ones included, for each that engines may have to do. With one answer in a hundred 20 times
-as long as the others, shards of 256 rows and 512 sequences, a replica is busy to 23, 46, 69 and 90% with 1 to 4 of
-them (simulated in tests/pipeline/test_open_rows.py)."""
+"""Rows of begun shards, done ones included, for each that engines may hold or are to get next. With one answer in a
+hundred 20 times as long as the others, shards of 256 rows and 512 sequences, a replica is busy to 23, 43, 65 and 82%
+with 1 to 4 of them (simulated in tests/pipeline/test_open_rows.py)."""
 MAX_LOOKAHEAD = 2048
 
 
@@ -30,17 +30,17 @@ class OpenRows:
     uncommitted: int
     """Rows of whole shards that wait for their commit: enough for a store that takes seconds."""
     lookahead: int
-    """Rows beyond each of these where prompts begin alike but come far apart, so that more of them meet."""
+    """Rows beyond the first two where prompts begin alike but come far apart, so that more of them meet."""
     rows_per_shard: int
 
     @classmethod
     def of(cls, window: int, rows_per_shard: int) -> OpenRows:
         """Limits for replicas that together hold `window` unfinished rows: half as many wait, and another shard."""
-        unfinished = math.ceil(1.5 * window) + rows_per_shard
+        wanted = math.ceil(1.5 * window)
         return cls(
-            unfinished=unfinished,
-            begun=OPEN_FACTOR * unfinished,
-            uncommitted=max(4 * rows_per_shard, unfinished),
+            unfinished=wanted + rows_per_shard,
+            begun=OPEN_FACTOR * wanted + rows_per_shard,
+            uncommitted=max(4 * rows_per_shard, wanted + rows_per_shard),
             lookahead=min(8 * window, MAX_LOOKAHEAD),
             rows_per_shard=rows_per_shard,
         )
@@ -48,13 +48,11 @@ class OpenRows:
     def allow(self, *, unfinished: int, begun: int, uncommitted: int, looks_ahead: bool) -> bool:
         """Whether another shard may be begun beside so many rows."""
         more = self.lookahead if looks_ahead else 0
-        return (
-            unfinished < self.unfinished + more and begun < self.begun + more and uncommitted < self.uncommitted + more
-        )
+        return unfinished < self.unfinished + more and begun < self.begun + more and uncommitted < self.uncommitted
 
     def at_risk(self, *, looks_ahead: bool = False) -> int:
         """The most rows that a killed driver's successor does again."""
-        more = 2 * self.lookahead if looks_ahead else 0
+        more = self.lookahead if looks_ahead else 0
         return self.begun + self.uncommitted + more + 2 * self.rows_per_shard  # looked at before a shard, not after
 
     def num_calls(self, shard_rows: Sequence[int], *, twin_factor: int) -> int:

@@ -20,13 +20,15 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pipeline.balance import Load, SpeedMeter, choose_recall
 from pipeline.dispatch import DispatchBoard
 from pipeline.flights import RECALL_INTERVAL_S, WINDOW_FACTOR
+from pipeline.fresh_rows import prompt_bytes
 
 POLL_S = 0.05
 SHARD_ROWS = 256
-SPEEDS = (1.0, 2.0, 3.0, 4.0)
 TAIL_FROM = 90
 """Percent of the rows that are done when the tail begins."""
 MEDIAN_S = 8.0
@@ -46,18 +48,22 @@ class Replica:
 class Simulation:
     """One run in virtual time."""
 
-    def __init__(self, *, replicas: int, rows: int, sequences: int, seed: int = 1) -> None:
+    def __init__(
+        self, *, replicas: int, rows: int, sequences: int, num_speeds: int = 3, prompt_tokens: int = 0, seed: int = 1
+    ) -> None:
+        """Replicas are 1 to `num_speeds` times as fast as the slowest; prompts share a quarter with all others."""
         self._random = random.Random(seed)
         self._rows_left = rows
         self._num_rows = rows
         self._sequences = sequences
         self._board: DispatchBoard[int] = DispatchBoard(max_attempts=3)
-        self._replicas = {f"r{i}": Replica(SPEEDS[i % len(SPEEDS)]) for i in range(replicas)}
+        self._replicas = {f"r{i}": Replica(1.0 + i % num_speeds) for i in range(replicas)}
         self._seconds = [self._random.lognormvariate(0.0, 0.6) * MEDIAN_S for _ in range(rows)]
         """Of each row, at speed 1."""
         self._window = WINDOW_FACTOR * sequences
         self._events: list[tuple[float, int, str, int]] = []
         self._order = itertools.count()
+        self._prompt = np.random.default_rng(seed).integers(32_000, size=prompt_tokens, dtype=np.int32)
         self._now = 0.0
         self._next_row = 0
         self._balanced_at = 0.0
@@ -99,9 +105,20 @@ class Simulation:
         """Ray Data's part: shards are opened while fewer rows are unfinished than 1.5 windows."""
         while self._rows_left and self._board.num_unfinished < 1.5 * self._window * len(self._replicas):
             count = min(SHARD_ROWS, self._rows_left)
-            self._board.add_rows(range(self._next_row, self._next_row + count))
+            keys = range(self._next_row, self._next_row + count)
+            self._board_rows(keys)
             self._next_row += count
             self._rows_left -= count
+
+    def _board_rows(self, keys: range) -> None:
+        began = time.perf_counter()
+        self._board.add_rows(keys, [self._prompt_of(key) for key in keys] if len(self._prompt) else None)
+        self.decision_s += time.perf_counter() - began
+
+    def _prompt_of(self, key: int) -> bytes:
+        own = self._prompt.copy()
+        own[len(own) // 4] = key
+        return prompt_bytes(own)
 
     def _send(self) -> None:
         began = time.perf_counter()
@@ -202,7 +219,16 @@ if __name__ == "__main__":
     parser.add_argument("--replicas", type=int, default=200)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--speeds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()
-    figures = Simulation(replicas=chosen.replicas, rows=chosen.rows, sequences=chosen.sequences, seed=chosen.seed).run()
-    print(json.dumps(figures))
+    simulation = Simulation(
+        replicas=chosen.replicas,
+        rows=chosen.rows,
+        sequences=chosen.sequences,
+        num_speeds=chosen.speeds,
+        prompt_tokens=chosen.prompt_tokens,
+        seed=chosen.seed,
+    )
+    print(json.dumps(simulation.run()))

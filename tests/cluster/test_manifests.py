@@ -139,6 +139,10 @@ def test_raycluster_is_valid_to_kuberay(crd: Any) -> None:
     jsonschema.validate(of_kind("raycluster", "RayCluster"), schema)
 
 
+def test_rayservice_is_valid_to_kuberay(crd: Any) -> None:
+    jsonschema.validate(of_kind("rayservice", "RayService"), crd("rayservices"))
+
+
 @pytest.mark.parametrize("target", ["rayjob", "cronjob"])
 def test_rayjob_is_valid_to_kuberay(target: str, crd: Any) -> None:
     schema = crd("rayjobs")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
+from cluster.fleet import start_fleet
+from cluster.pools import PoolPlan, SlotShape
 from jobs.run import RunOptions, run_job
 from pipeline.datasink import PartSink
-from pipeline.errors import InfrastructureError, SpecError
+from pipeline.errors import InfrastructureError, RunError, SpecError
 from pipeline.lease import acquire_lease
 from pipeline.storage import Store
 from tests.scripted_engine import ScriptedConfig
@@ -59,3 +62,21 @@ def test_gpus_that_are_not_there_are_refused_before_anything_changes_and_only_if
     check_refused(output, RunOptions())
     min((output / "data").iterdir()).unlink()  # now rows are missing
     check_refused(output, RunOptions(retry_failed=False))
+
+
+def test_a_run_without_a_place_for_its_engines_says_what_it_waits_for_and_gives_up_at_the_deadline(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.supervise.WAIT_SAID_AFTER_S", 0.5)
+    monkeypatch.setattr("jobs.supervise.DEMAND_INTERVAL_S", 0.5)
+    shape = SlotShape(num_gpus=2, gpu_type="H100-80G", gpu_labels=("H100-80G",))
+    fleet = start_fleet([PoolPlan("H100-80G", 1, ScriptedConfig(moe=TINY_MOE), shape=shape)], start_timeout_s=6.0)
+    said: list[tuple[float, str]] = []
+    monkeypatch.setattr("jobs.progress.ProgressDisplay.say", lambda _, line: said.append((time.monotonic(), line)))
+    job = make_job(write_prompts(tmp_path / "in.parquet", 4), tmp_path / "out")
+    with pytest.raises(RunError, match="no replica for 6 s") as gave_up:
+        run_job(job, RunOptions(quiet=True), say=lambda _: None, fleet=fleet)
+    gave_up_at = time.monotonic()
+    assert gave_up.value.exit_code == 3
+    [at] = [at for at, line in said if line == "no replica yet: H100-80G waits for 2 GPUs of H100-80G on one node"]
+    assert gave_up_at - at > 2.0

@@ -22,5 +22,25 @@ def test_a_record_in_another_language_is_dropped_and_says_which(language: str) -
     assert (unwanted.reason, unwanted.detail) == ("language", f"{language} (1.00), not {' or '.join(others)}")
 
 
+@pytest.mark.parametrize(
+    ("filters", "text", "reason"),
+    [
+        ({"min_chars": 5}, "four", "too_short"),
+        ({"min_chars": 5}, "fives", None),
+        ({"max_chars": 5}, "sixsix", "too_long"),
+        ({"max_chars": 5}, "fives", None),
+        ({"matches": "^[A-Z]"}, "small", "no_match"),
+        ({"matches": "^[A-Z]"}, "Large", None),
+        ({"rejects": "as an AI"}, "Well, as an AI I", "rejected"),
+        ({"rejects": "as an AI"}, "Well, I", None),
+    ],
+)
+def test_a_record_that_a_filter_does_not_let_pass_is_dropped_by_its_name(
+    filters: dict[str, object], text: str, reason: str | None
+) -> None:
+    unwanted = unwanted_because(text, FilterSettings.model_validate(filters))
+    assert (unwanted and unwanted.reason) == reason
+
+
 def test_most_languages_of_europe_can_be_found() -> None:
     assert known_languages() > {"en", "fr", "de", "es", "it", "nl", "pl", "pt", "sv", "cs", "uk", "el"}

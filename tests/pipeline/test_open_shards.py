@@ -31,7 +31,7 @@ class Dispatch:
     def __init__(self) -> None:
         self.open: list[tuple[int, asyncio.Future[None]]] = []
         self.num_in_flight = self.num_replicas = self.num_finished = 0
-        self.is_drained = self.wants_more = False
+        self.is_drained = self.wants_more = self.has_failed = False
 
     @property
     def num_open_rows(self) -> int:
@@ -148,6 +148,18 @@ def test_shards_that_wait_for_their_last_rows_keep_no_others_out_until_there_are
         await open_rows_become(stage, 60)  # as many as may be begun
         stage._monitor.order = "abandon"
         dispatch.abandon = lambda: dispatch.let_go(8)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_no_shard_waits_at_the_gate_of_a_dispatcher_whose_fleet_has_given_up(stage: GenerateStage) -> None:
+    async def work() -> None:
+        tasks = [asyncio.ensure_future(stage(shard)) for shard in shards(5)]
+        await open_rows_become(stage, 30)
+        stage._dispatcher.has_failed = True
+        await open_rows_become(stage, 50)  # where each would raise
+        stage._dispatcher.let_go(5)
         await asyncio.gather(*tasks)
 
     asyncio.run(asyncio.wait_for(work(), 30))

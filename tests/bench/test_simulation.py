@@ -1,0 +1,18 @@
+"""Many replicas of three speeds under the real dispatch board: no sequence idles while there is work."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bench.simulate_fleet import Simulation
+
+
+@pytest.mark.parametrize(
+    ("replicas", "rows"),
+    [(20, 20_000), pytest.param(200, 1_000_000, marks=[pytest.mark.long, pytest.mark.timeout(1200)])],
+)
+def test_replicas_of_three_speeds_are_idle_for_less_than_two_percent(replicas: int, rows: int) -> None:
+    figures = Simulation(replicas=replicas, rows=rows, sequences=64).run()
+    print(figures)
+    assert figures["idle_share_until_the_input_is_dry"] < 0.02
+    assert figures["decision_us_per_row"] < 1000  # 10 to 100 on an idle core
