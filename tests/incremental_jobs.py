@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from cluster.pools import PoolPlan
 from jobs.incremental import Command, retry_incremental, run_incremental
@@ -21,13 +22,21 @@ from tests.whole_runs import TINY_MOE, read_output, spec_text
 class Nightly:
     """One incremental job over the files in a folder, told apart as `source` says."""
 
-    def __init__(self, input_path: str | Path, output: str | Path, /, **source: Any) -> None:
+    def __init__(
+        self, input_path: str | Path, output: str | Path, /, *, choices: list[str] | None = None, **source: Any
+    ) -> None:
+        """With `choices` a labelling job, else one that completes."""
+        self.choices = choices
         self.input, self.output = str(input_path), str(output)
         self.source = {"new": "since_last_run", "path": self.input, **source}
         self.said: list[str] = []
 
     def spec_text(self, **sections: Any) -> str:
-        return spec_text(self.input, self.output, **{"input": self.source, **sections})
+        text = spec_text(self.input, self.output, **{"input": self.source, **sections})
+        if self.choices is None:
+            return text
+        spec = {name: fields for name, fields in yaml.safe_load(text).items() if name not in ("prompt", "sampling")}
+        return yaml.safe_dump(spec | {"kind": "label", "label": {"text": "text", "choices": self.choices}})
 
     def run(self, config: ScriptedConfig | None = None, /, *, retry: bool = False, **sections: Any) -> dict[str, Any]:
         """What `tramontane run` or `retry` does tonight."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from pipeline.settings import ModelSettings
 from pipeline.vllm_engine import VllmEngineConfig
 from tests.example_data import ASKERS
 from tests.whole_runs import check_whole, read_output
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +84,24 @@ def test_pairs_follow_their_schema_and_none_is_lost(tmp_path: Path, engine: Any)
         jsonschema.validate(json.loads(record["record"]), job.spec.sampling.json_schema)
         assert record["asker"] in ASKERS
         assert record["document"].startswith("manual-")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_all_examples_run_by_command_in_a_fresh_clone(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    environment = os.environ | {"PYTHONPATH": str(clone)}
+    for name in ("tickets", "pairs", "translation"):
+        command = [str(Path(sys.executable).with_name("tramontane")), "run", f"jobs/examples/{name}.yaml"]
+        done = subprocess.run(command, check=False, cwd=clone, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((clone / "out" / name / "summary.json").read_text())
+        assert summary["counts"]["committed_rows"] == summary["counts"]["input_rows"] == check_whole_rows(clone, name)
+
+
+def check_whole_rows(clone: Path, name: str) -> int:
+    """Rows of the example's output, each found whole."""
+    rows = len({(row["input_file"], row["input_row"]) for row in read_output(clone / "out" / name).to_pylist()})
+    check_whole(clone / "out" / name, rows)
+    return rows

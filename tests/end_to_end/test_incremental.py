@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 def test_seven_nights_with_one_missed_repeated_and_killed_and_late_rows_do_every_row_once(
     tmp_path: Path, new_launcher: Callable[..., DriverLauncher]
 ) -> None:
-    job = Nightly(tmp_path / "in" / "**" / "*.parquet", tmp_path / "out", id="id", new_by="id")
+    choices = ["billing", "bug", "praise"]
+    job = Nightly(tmp_path / "in" / "**" / "*.parquet", tmp_path / "out", choices=choices, id="id", new_by="id")
 
     def arrive(night: int, numbers: range) -> None:
         write_rows(tmp_path / "in" / f"day={night}" / "rows.parquet", numbers)
@@ -59,6 +60,7 @@ def test_seven_nights_with_one_missed_repeated_and_killed_and_late_rows_do_every
     arrive(7, range(1300, 1310))
     assert done(job.run()) == [(6, False, 10)]
     assert job.times_done() == dict.fromkeys(ids(range(1310)), 1)
+    assert all(row["label"] in choices for row in job.rows())
     for run in killed.iterdir():
         check_whole(run, json.loads((run / "summary.json").read_text())["counts"]["input_rows"])
     assert claims(tmp_path / "out") == [f"{number:06d}.json" for number in range(1, 7)]

@@ -20,6 +20,7 @@ from jobs.calibration import accuracy, expected_calibration_error, fit_temperatu
 from jobs.cli import app
 from jobs.prepare import PreparedJob, prepare
 from jobs.report import closing_lines
+from jobs.run import RunOptions, run_job
 from jobs.run_diff import read_diff
 from jobs.spec import parse_spec
 from pipeline.errors import SpecError
@@ -64,6 +65,18 @@ def test_every_row_gets_its_label_or_an_error_and_the_label_can_abstain(tmp_path
         assert row["label"] == (best if row["label_confidence"] >= 0.6 else "unsure")
     assert {row["label"] for row in labelled} > {"unsure"}
     assert run_scripted(label_job(rows, tmp_path / "out", abstain_below=0.6, default="unsure"))["status"] == "done"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_thousand_answers_of_a_real_engine_are_a_thousand_choices(
+    local_ray: None, vllm_fleet: Any, tmp_path: Path
+) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 1000)
+    job = label_job(rows, tmp_path / "out")
+    assert run_job(job, RunOptions(quiet=True), say=lambda line: None, fleet=vllm_fleet)["exit_code"] == 0
+    found = read_output(tmp_path / "out").to_pylist()
+    assert len(found) == sum(row["generated_text"] in CHOICES and row["label"] in CHOICES for row in found) == 1000
 
 
 @pytest.mark.usefixtures("local_ray")
