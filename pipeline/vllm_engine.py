@@ -22,6 +22,7 @@ from pipeline.errors import RequestRefused, SpecError
 from pipeline.json_schemas import schema_text
 from pipeline.meeting import Meeting, own_address
 from pipeline.model import fetch_model, read_config, routing_layers
+from pipeline.read_ahead import read_ahead
 from pipeline.settings import ModelSettings, SamplingSettings
 from pipeline.vllm_arguments import (
     engine_arguments,
@@ -102,10 +103,11 @@ class VllmEngineConfig:
             wait([worker.proc.sentinel for worker in executor.workers], timeout=WORKER_WATCH_INTERVAL_S)
 
     def _with_model(self) -> VllmEngineConfig:
-        """With the model on this node."""
-        if self.source is None or Path(self.model_path, "config.json").is_file():
-            return self
-        return replace(self, model_path=fetch_model(self.source).path)
+        """With the model on this node, and on its way into memory."""
+        is_here = self.source is None or Path(self.model_path, "config.json").is_file()
+        found = self if is_here else replace(self, model_path=fetch_model(self.source).path)
+        read_ahead(found.model_path)
+        return found
 
 
 class VllmEngine:
