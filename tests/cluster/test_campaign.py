@@ -21,6 +21,9 @@ from tests.whole_runs import TINY_MOE, check_whole, make_job, results, write_pro
 
 NUM_NODES = 3
 GPUS_PER_NODE = 2
+MAX_ATTEMPTS = 10
+"""Kills strike the replica that began rows last, often the one that runs suspects: with the usual three attempts, of
+10,000 rows two or three were hit three times, the last time alone, which is what a row does that kills its engine."""
 
 
 class Disturbance:
@@ -99,7 +102,7 @@ def test_kills_and_lost_nodes_change_nothing_but_the_time(
                 disturbance.start(over_s=rows / 8 * step_s / NUM_NODES / GPUS_PER_NODE * 0.8)
             began = time.monotonic()
             summary = run_job(
-                make_job(prompts, tmp_path / name),
+                make_job(prompts, tmp_path / name, limits={"max_attempts": MAX_ATTEMPTS}),
                 RunOptions(quiet=True),
                 say=[].append,
                 pools=[_pool(journal, step_s)],
@@ -116,7 +119,8 @@ def test_kills_and_lost_nodes_change_nothing_but_the_time(
     calm, disturbed = (check_whole(tmp_path / name, rows) for name in journals)
     assert results(tmp_path / "disturbed") == results(tmp_path / "calm")
     assert disturbed.to_json_bytes() == calm.to_json_bytes()
-    assert took["disturbed"] <= 2 * took["calm"] + 10
+    slack_s = 10 if rows < 1000 else 0  # of a short run the replacements' start is a large part
+    assert took["disturbed"] <= 2 * took["calm"] + slack_s
 
 
 def _pool(journal: Path, step_s: float) -> PoolPlan:
