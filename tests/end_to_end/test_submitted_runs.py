@@ -255,10 +255,8 @@ def test_a_synthesis_has_its_later_steps_done_too(
     for record in found["records"]:
         assert [message["role"] for message in json.loads(record["record"])] == ["user", "assistant"] * 2
     report = json.loads(store.cat_file(f"{output}/synthesis.json"))["synthesis"]
-    assert [step["step"].split("-")[:2] for step in report["steps"]] == [
-        ["/turns/2", "user"],
-        ["/turns/2", "assistant"],
-    ]
+    turns = [step["step"] for step in report["steps"] if step["step"].startswith("/turns/")]
+    assert [step.split("-")[1] for step in turns] == ["user", "assistant"]
 
 
 KINDS = ("records", "dropped")

@@ -42,11 +42,18 @@ def run(head: Head, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, check=False, env=head.environment(), capture_output=True, text=True, timeout=300)
 
 
+def gcs_address(head: Head) -> str:
+    """As its node was told."""
+    lines = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    found = (re.search(r"--gcs-address=(\S+)", line) for line in lines if str(head.folder) in line)
+    return next(each[1] for each in found if each)
+
+
 def processes(head: Head) -> list[str]:
     """Titles of this head's fleets and engines."""
     found = []
     for process in psutil.process_iter(["cmdline", "environ"]):
-        title = " ".join(process.info["cmdline"] or [])
+        title = " ".join(process.info["cmdline"] or []).strip()
         above = [" ".join(parent.cmdline()) for parent in process.parents()] if title.startswith(OURS) else []
         if any(str(head.folder) in each for each in above):
             found.append(title)
@@ -55,7 +62,7 @@ def processes(head: Head) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_up_run_run_down_leave_nothing_behind(head: Head, tmp_path: Path) -> None:
-    address = re.findall(r"--address='([\d.:]+)'", (head.folder / "head.log").read_text())[0]
+    address = gcs_address(head)
     tramontane, ray = str(Path(sys.executable).with_name("tramontane")), ("--ray", address)
     fleet = {"name": "warm", "model": MODEL, "fleet": {"pools": [{"gpu": "cpu", "replicas": 1}]}}
     (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet))
