@@ -104,8 +104,9 @@ class VllmEngineConfig:
 
     def _with_model(self) -> VllmEngineConfig:
         """With the model on this node, and on its way into memory."""
-        is_here = self.source is None or Path(self.model_path, "config.json").is_file()
-        found = self if is_here else replace(self, model_path=fetch_model(self.source).path)
+        found = self
+        if self.source is not None and not Path(self.model_path, "config.json").is_file():
+            found = replace(self, model_path=fetch_model(self.source).path)
         read_ahead(found.model_path)
         return found
 
