@@ -83,7 +83,7 @@ class Disturbance:
 @pytest.mark.parametrize(
     ("rows", "kills", "node_losses", "step_s"),
     [
-        (240, 2, 1, 0.3),
+        (960, 2, 1, 0.3),
         pytest.param(10_000, 50, 10, 0.5, marks=[pytest.mark.long, pytest.mark.timeout(1200)]),
     ],
 )
