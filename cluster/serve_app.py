@@ -7,19 +7,23 @@ a run's stages would be waiting for. Invariant: it starts no engine and ends non
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.batch_queue import BatchQueue, BatchRunner, Served
 from cluster.serve_settings import ServeSettings
 from cluster.warm import HEAD, WarmFleet, describe_fleet, find_fleet
 from pipeline.errors import InfrastructureError, SpecError
+
+if TYPE_CHECKING:  # OpenAI's types take 0.4 s, which the process that starts an endpoint does without
+    from cluster.batch_queue import BatchRunner, Served
 
 APPLICATION = "tramontane"
 DEPLOYMENT = "endpoint"
 MAX_ONGOING = 5000
 """More than `serve_http.MAX_OPEN`, so that it is the endpoint that refuses, in OpenAI's words; Serve's default is 5."""
-START_TIMEOUT_S = 120.0
+START_POLL_S = 0.05
 
 
 class Ingress:
@@ -42,6 +46,7 @@ class Ingress:
 
     def _open_desk(self, runner: BatchRunner) -> Any:
         """The batches, those of an earlier endpoint included, which go on at once."""
+        from cluster.batch_queue import BatchQueue
         from cluster.serve_batches import open_desk
 
         served = _served(self._warm, self._settings)
@@ -90,6 +95,8 @@ def _model_name(warm: WarmFleet, settings: ServeSettings) -> str:
 
 def _served(warm: WarmFleet, settings: ServeSettings) -> Served:
     import ray
+
+    from cluster.batch_queue import Served
 
     return Served(
         fleet=warm.name,
@@ -154,20 +161,62 @@ def start_endpoint(fleet: str, settings: ServeSettings, runner: BatchRunner) -> 
         InfrastructureError: it doesn't start.
     """
     from ray import serve
-    from ray.serve.config import ProxyLocation
 
     check_reach(settings)
     find_fleet(fleet)
     _check_free()
+    try:
+        # Serve's proxy takes 1.1 s of a core to start and the ingress 1.9 s: one beside the other, not after it.
+        with ThreadPoolExecutor(1) as pool:
+            starting = pool.submit(_start_serve, settings)
+            while not starting.done() and not serve.status().proxies:
+                time.sleep(START_POLL_S)
+            if starting.done():
+                starting.result()
+            target = serve.RunTarget(application(fleet, settings, runner), name=APPLICATION, route_prefix="/")
+            serve.run_many([target], wait_for_applications_running=False)
+            starting.result()
+        _until_running()
+    except BaseException as error:
+        serve.shutdown()
+        if isinstance(error, (RuntimeError, TimeoutError)):
+            raise InfrastructureError(f"the endpoint doesn't start: {_reason(error, settings)}") from error
+        raise
+
+
+def _reason(error: Exception, settings: ServeSettings) -> str:
+    from ray.exceptions import RayError
+
+    if not isinstance(error, RayError):
+        return str(error)[:1000]
+    said = str(error).strip().splitlines()[-1][:300]  # what is before it is a trace of Serve's own code
+    if "Failed to bind" not in said:
+        return said
+    return f"port {settings.port} of {settings.host} is taken by another program; end that, or give --port"
+
+
+def _start_serve(settings: ServeSettings) -> None:
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 30},
     )
-    try:
-        serve.run(application(fleet, settings, runner), name=APPLICATION, route_prefix="/", blocking=False)
-    except (RuntimeError, TimeoutError) as error:
-        serve.shutdown()
-        raise InfrastructureError(f"the endpoint doesn't start: {str(error)[:1000]}") from error
+
+
+def _until_running() -> None:
+    """Wait for the application; `serve.run` does too, but looks once in a second only.
+
+    Raises:
+        RuntimeError: it doesn't come to life, with Serve's reason.
+    """
+    from ray import serve
+
+    while (found := serve.status().applications[APPLICATION]).status != "RUNNING":
+        if found.status == "DEPLOY_FAILED":
+            raise RuntimeError(found.message)
+        time.sleep(START_POLL_S)
 
 
 def endpoint_problem() -> str | None:

@@ -1,4 +1,7 @@
-"""Starts the processes that work at batches, on the machine of the endpoint that they belong to."""
+"""Starts the processes that work at batches, on the machine of the endpoint that they belong to.
+
+Made where an endpoint is started and used where it runs: what it works with is imported there, OpenAI's types 0.4 s.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-from openai.types import BatchRequestCounts
+from typing import TYPE_CHECKING
 
 import jobs
-from cluster.batch_queue import Served
-from cluster.batch_records import LOG, RUN, SPEC, BatchFolder
-from cluster.batch_states import Step
-from jobs.batch_spec import batch_spec
-from jobs.progress import PROGRESS
 from pipeline import local_objects
+
+if TYPE_CHECKING:
+    from openai.types import BatchRequestCounts
+
+    from cluster.batch_queue import Served
+    from cluster.batch_records import BatchFolder
+    from cluster.batch_states import Step
 
 MODULE = "jobs.batch_process"
 _KEPT = ("RAY_AUTH_", "RAY_TMPDIR")
@@ -28,6 +32,8 @@ class ProcessRunner:
 
     def start(self, step: Step, folder: Path, served: Served) -> subprocess.Popen[bytes]:
         """Start `jobs.batch_process`; it ends when we do."""
+        from cluster.batch_records import LOG, BatchFolder
+
         if step == "run":
             keep_spec(BatchFolder(folder), served)
         words = [step, str(folder), served.address, served.fleet, str(os.getpid())]
@@ -44,6 +50,11 @@ class ProcessRunner:
 
     def counts(self, folder: Path) -> BatchRequestCounts | None:
         """As the run's own progress says, which is some two seconds old."""
+        from openai.types import BatchRequestCounts
+
+        from cluster.batch_records import RUN
+        from jobs.progress import PROGRESS
+
         try:
             progress = json.loads((folder / RUN / PROGRESS).read_bytes())
         except FileNotFoundError:
@@ -55,6 +66,9 @@ class ProcessRunner:
 
 def keep_spec(batch: BatchFolder, served: Served) -> None:
     """Write the batch's spec, once: settings of a later endpoint would make its rows those of another job."""
+    from cluster.batch_records import SPEC
+    from jobs.batch_spec import batch_spec
+
     path = batch.path / SPEC
     if not path.exists():
         spec = batch_spec(batch.facts().created, batch.path, served)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
@@ -23,6 +24,10 @@ from tests.own_ray import own_ray
 
 settings.register_profile("tests", deadline=None)  # 200 ms by default, which a busy machine takes for nothing
 settings.load_profile("tests")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # What a shell starts in the background ignores Ctrl-C, and so would all that is started and interrupted here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 ON_THE_SESSIONS_VLLM = ("real_vllm", "json_on_vllm", "serve_on_vllm", "tensor_parallel", "vllm_over_nodes")

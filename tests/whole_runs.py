@@ -121,6 +121,23 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes | None]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in paths}
 
 
+def prompt_ids(job: PreparedJob, path: Path) -> list[list[int]]:
+    """Token ids of each row of an input file, as the job's engines get them."""
+    from pipeline.inputs import list_inputs
+    from pipeline.read import read_shard
+    from pipeline.rows import PROMPT_IDS
+    from pipeline.shards import Shard
+    from pipeline.templating import TemplateStage
+    from pipeline.user_schema import user_schema
+
+    [file] = list_inputs(str(path))
+    table = read_shard(file, Shard(0, 0, file.path, 0, file.num_rows), user_schema([file], required=["text"]))
+    stage = TemplateStage(job.template)
+    ids: list[list[int]] = stage(table).column(PROMPT_IDS).to_pylist()
+    stage.close()
+    return ids
+
+
 def read_output(output: str | Path) -> pa.Table:
     """All output rows, by identity."""
     store = Store(str(output))

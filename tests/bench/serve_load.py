@@ -29,10 +29,15 @@ from tests.endpoints import MODEL, Served, served
 from tests.own_ray import own_ray
 from tests.whole_runs import check_whole, spec_text, write_prompts
 
+WINDOW_S = 5
+
 
 @dataclass
 class Figures:
+    began: float = field(default_factory=time.monotonic)
     first_s: list[float] = field(default_factory=list)
+    at_s: list[float] = field(default_factory=list)
+    """When each of these was asked for."""
     failures: list[str] = field(default_factory=list)
 
     def line(self) -> str:
@@ -41,6 +46,13 @@ class Figures:
         return (
             f"{len(self.first_s)} answers, {len(self.failures)} failures, first token p50 {p50:.3f} s, p95 {p95:.3f} s"
         )
+
+    def course(self) -> str:
+        """The 95th percentile of every five seconds: what the beginning of a batch does, and what its rows do."""
+        windows: dict[int, list[float]] = {}
+        for at_s, first_s in zip(self.at_s, self.first_s, strict=True):
+            windows.setdefault(int(at_s // WINDOW_S), []).append(first_s)
+        return " ".join(f"{sorted(windows[each])[int(len(windows[each]) * 0.95)]:.2f}" for each in sorted(windows))
 
 
 async def client(url: str, number: int, ends_at: float, figures: Figures) -> None:
@@ -60,6 +72,7 @@ async def client(url: str, number: int, ends_at: float, figures: Figures) -> Non
                 figures.failures.append(f"{answer.status_code} {text[-200:]!r}")
             else:
                 figures.first_s.append(first)
+                figures.at_s.append(began - figures.began)
 
 
 async def crowd(url: str, num_clients: int, ends_at: float, figures: Figures) -> None:
@@ -138,6 +151,7 @@ def main() -> int:
         exit_code = batch(path, Path(f) / "out")
         thread.join()
         print(f"{options.clients} clients beside {options.rows} rows: {beside.line()}")
+        print(f"p95 of each {WINDOW_S} s, alone: {alone.course()}; beside: {beside.course()}")
         check_whole(Path(f) / "out", options.rows)
         for failure in [*alone.failures, *beside.failures][:5]:
             print(failure)

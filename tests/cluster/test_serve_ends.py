@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,9 @@ import httpx
 import openai
 import pytest
 
-from cluster.serve_app import end_endpoint
+from cluster.serve_app import end_endpoint, start_endpoint
+from jobs.batch_runner import ProcessRunner
+from pipeline.errors import InfrastructureError
 from tests.driver_processes import wait_until
 from tests.endpoints import Served, served
 from tests.scripted_engine import ScriptedConfig
@@ -51,6 +54,21 @@ def test_a_stream_that_takes_too_long_ends_in_an_error_event(endpoint: Served) -
         for _ in client.chat.completions.create(model="mixtral", messages=ENDLESS, stream=True):
             pass
     wait_until(lambda: endpoint.num_unfinished() == 0, "its place is free", deadline_s=5)
+
+
+def test_a_port_that_is_taken_is_said_in_a_line_and_serve_is_not_left_behind(endpoint: Served) -> None:
+    end_endpoint()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        taken = endpoint.settings.model_copy(update={"port": port})
+        with pytest.raises(InfrastructureError) as refused:
+            start_endpoint(endpoint.name, taken, ProcessRunner())
+    taken_port = f"port {port} of 127.0.0.1 is taken by another program; end that, or give --port"
+    assert str(refused.value) == f"the endpoint doesn't start: {taken_port}"
+    start_endpoint(endpoint.name, endpoint.settings, ProcessRunner())
+    assert chat(endpoint, LONG).status_code == 200
 
 
 def test_at_its_end_an_endpoint_finishes_what_it_began_and_lets_nobody_in(endpoint: Served) -> None:

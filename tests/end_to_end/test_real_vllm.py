@@ -17,8 +17,7 @@ from jobs.run import RunOptions, run_job
 from pipeline.engine import Request
 from pipeline.model import ModelFiles
 from pipeline.settings import SamplingSettings
-from pipeline.templating import TemplateStage
-from tests.whole_runs import check_whole, make_job, read_output, results, write_prompts
+from tests.whole_runs import check_whole, make_job, prompt_ids, read_output, results, write_prompts
 
 WORDS = ["wind", "harbour", "seven", "copper", "lantern", "orbit", "violin", "maple", "thunder", "paper", "glass"]
 
@@ -71,9 +70,7 @@ def test_tokens_and_ordered_expert_ids_equal_transformers_row_for_row(greedy_run
 
     model = MixtralForCausalLM.from_pretrained(tiny_model.path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model.path)
-    stage = TemplateStage(make_job(greedy_run / "in.parquet", greedy_run / "unused").template)
-    shard = _prompts_of(stage, greedy_run / "in.parquet")
-    stage.close()
+    shard = prompt_ids(make_job(greedy_run / "in.parquet", greedy_run / "unused"), greedy_run / "in.parquet")
     compared = 0
     for row in read_output(greedy_run / "out").to_pylist()[::3]:
         prompt, generated = shard[row["input_row"]], row["num_generated_tokens"]
@@ -84,19 +81,6 @@ def test_tokens_and_ordered_expert_ids_equal_transformers_row_for_row(greedy_run
         np.testing.assert_array_equal(stored, experts)
         compared += experts.size
     assert compared > 6_000
-
-
-def _prompts_of(stage: TemplateStage, path: Path) -> list[list[int]]:
-    from pipeline.inputs import list_inputs
-    from pipeline.read import read_shard
-    from pipeline.rows import PROMPT_IDS
-    from pipeline.shards import Shard
-    from pipeline.user_schema import user_schema
-
-    [file] = list_inputs(str(path))
-    table = read_shard(file, Shard(0, 0, file.path, 0, file.num_rows), user_schema([file], required=["text"]))
-    ids: list[list[int]] = stage(table).column(PROMPT_IDS).to_pylist()
-    return ids
 
 
 def test_every_routed_token_is_counted_once_and_totals_are_the_sum_over_rows(greedy_run: Path) -> None:

@@ -1,20 +1,23 @@
-"""A warm fleet by its commands alone, on a head with a token, with real vLLM: up, two runs, down; nothing is left."""
+"""A warm fleet by its commands alone, on a head with a token, with real vLLM: up, run, serve, down; nothing is left."""
 
 from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import yaml
 
 from tests.driver_processes import wait_until
+from tests.endpoints import free_port
 from tests.ray_head import Head, ray_head
 from tests.whole_runs import check_whole, spec_text, write_prompts
 
@@ -60,6 +63,30 @@ def processes(head: Head) -> list[str]:
     return found
 
 
+def serve_by_command(head: Head, command: list[str]) -> None:
+    """Serve from the fleet until the first answer, and interrupt it."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    body = {"model": "warm", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    began = time.monotonic()
+    serving = subprocess.Popen([*command, "--port", str(port)], env=head.environment(), stderr=subprocess.PIPE)
+
+    def answered() -> bool:
+        try:
+            return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(answered, "its first answer")
+        print(f"an endpoint's first answer came {time.monotonic() - began:.1f} s after the command")
+        serving.send_signal(signal.SIGINT)
+        _, said = serving.communicate(timeout=60)
+        assert serving.returncode == 0, said
+    finally:
+        serving.kill()
+        serving.wait()
+
+
 @pytest.mark.timeout(600)
 def test_up_run_run_down_leave_nothing_behind(head: Head, tmp_path: Path) -> None:
     address = gcs_address(head)
@@ -83,6 +110,8 @@ def test_up_run_run_down_leave_nothing_behind(head: Head, tmp_path: Path) -> Non
         print(f"the {name} run took {time.monotonic() - began:.1f} s")
         assert ended.returncode == 0, ended.stderr
         check_whole(tmp_path / name, 100)
+
+    serve_by_command(head, [tramontane, "serve", "warm", *ray])
 
     down = run(head, tramontane, "down", "warm", *ray)
     assert down.returncode == 0, down.stderr
