@@ -75,6 +75,11 @@ def differing_rows(one: Path, two: Path) -> list[tuple[dict[str, Any], dict[str,
     return [(a, b) for a, b in pairs if (a["generated_text"], _ids(a)) != (b["generated_text"], _ids(b))]
 
 
+def agreement(one: Path, two: Path) -> float:
+    """Share of rows that are the same in two such outputs."""
+    return 1 - len(differing_rows(one, two)) / len(read_output(one))
+
+
 def _ids(row: dict[str, Any]) -> bytes:
     return bytes(row["routing"]["expert_ids"])
 

@@ -17,7 +17,7 @@ from cluster.gpus import gpu_type
 from cluster.pools import PoolPlan, SlotShape
 from jobs.run import RunOptions, run_job
 from pipeline.vllm_engine import VllmEngineConfig
-from tests.end_to_end.test_tensor_parallel import agreement
+from tests.near_ties import agreement
 from tests.whole_runs import check_whole, make_job, write_prompts
 
 ADDRESS, TYPE = os.environ.get("TRAMONTANE_GPU_CLUSTER"), os.environ.get("TRAMONTANE_GPU_TYPE", "H100-80G")
@@ -35,7 +35,7 @@ pytestmark = [
 def test_two_gpus_on_two_nodes_give_what_two_on_one_node_give(tmp_path: Path) -> None:
     assert ADDRESS, "REQUIRE_GPU=1, but TRAMONTANE_GPU_CLUSTER names no Ray cluster"
     rows = write_prompts(tmp_path / "in.parquet", ROWS)
-    sections = {"sampling": {"temperature": 0, "max_tokens": 32}}
+    sections = {"sampling": {"temperature": 0, "max_tokens": 32}, "routing": {"level": "tokens"}}
     for name, nodes in (("spread", 2), ("packed", 1)):
         job = make_job(rows, tmp_path / name, **sections)
         engine = VllmEngineConfig(
