@@ -94,6 +94,8 @@ class DispatchBoard(Generic[RowKey]):
         self._again: deque[PendingRow[RowKey]] = deque()
         self._suspects: deque[list[PendingRow[RowKey]]] = deque()
         self._replicas: dict[str, _Replica[RowKey]] = {}
+        self.suspects_wait = False
+        """Set while it is in doubt whether suspects are to blame at all: none of them is sent."""
 
     @property
     def num_unfinished(self) -> int:
@@ -228,7 +230,7 @@ class DispatchBoard(Generic[RowKey]):
         return given_up
 
     def _next_group(self) -> Assignment[RowKey] | None:
-        if not self._suspects:
+        if not self._suspects or self.suspects_wait:
             for state in self._replicas.values():
                 if state.reserved and not state.running_group:
                     state.reserved = False

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.balance import Load, SpeedMeter, choose_recall
 from pipeline.dispatch import Assignment, DispatchBoard
+from pipeline.engine import Request
 from pipeline.errors import NodeLost, ReplicaDied, ReplicaUnreachable, RequestRefused
 from pipeline.fleet_link import FleetLink
 from pipeline.fresh_rows import prompt_bytes
@@ -78,6 +79,10 @@ class Flights:
         self._num_sent = 0
         self._balanced_at = -math.inf
         self._losses = FruitlessLosses()
+        self._proven: Request | None = None
+        """One that was answered, to be asked again when engines die and nothing gets done."""
+        self._proof_id: str | None = None
+        """As what it is with a replica now."""
 
     @property
     def num_in_flight(self) -> int:
@@ -124,8 +129,11 @@ class Flights:
 
     def send_all(self) -> None:
         """Send what can be sent now."""
+        self._board.suspects_wait = self._losses.in_doubt and self._proven is not None
         while (assignment := self._board.next_assignment()) is not None:
             self._send(assignment)
+        if self._board.suspects_wait:
+            self._ask_for_proof()
 
     def forget(self, keys: Sequence[Key]) -> None:
         """Take rows off the board; others that waited for theirs go there instead, at the next occasion."""
@@ -135,7 +143,8 @@ class Flights:
     def withdraw(self, shard: OpenShard) -> None:
         """Nobody waits for the shard any more: have replicas forget what they have of it."""
         for name, live in self._members.items():
-            mine = [request_id for request_id in live.sent if self._sent[request_id][0] == shard.token]
+            sent = ((request_id, self._sent.get(request_id)) for request_id in live.sent)
+            mine = [request_id for request_id, key in sent if key is not None and key[0] == shard.token]
             for request_id in mine:
                 live.sent.discard(request_id)
                 self._board.finished(name, self._sent.pop(request_id))
@@ -165,6 +174,8 @@ class Flights:
     def lost(self, replica: str, why: Departure) -> None:
         """Take back what a lost replica had; its rows are charged with an attempt if they may be what killed it."""
         live = self._members.pop(replica)
+        if self._proof_id in live.sent:
+            self._proof_id = None
         rows_to_blame = why.kind not in BLAMELESS
         if live.sent and rows_to_blame and not live.in_company:
             self._losses.add(time.monotonic())
@@ -202,7 +213,8 @@ class Flights:
 
     def has_work(self, replica: str) -> bool:
         """See `Listener`."""
-        return self._board.num_in_flight(replica) > 0
+        live = self._members.get(replica)
+        return live is not None and bool(live.sent)
 
     def failed(self, message: str) -> None:
         """See `Listener`."""
@@ -232,9 +244,28 @@ class Flights:
         if requests:
             self._link.submit(live.member, requests)
 
+    def _ask_for_proof(self) -> None:
+        """Have an engine do again what one has done before: if that ends it too, no row is to blame."""
+        able = [live for name, live in self._members.items() if self._board.takes_work(name)]
+        if self._proof_id is not None or self._proven is None or not able:
+            return
+        live = min(able, key=lambda each: len(each.sent))
+        self._num_sent += 1
+        self._proof_id = f"{self._link.consumer}/{self._num_sent}"
+        live.sent.add(self._proof_id)
+        self._link.submit(live.member, [replace(self._proven, request_id=self._proof_id)])
+
+    def _take_proof(self, live: _Live, result: RowResult) -> None:
+        self._proof_id = None
+        live.sent.discard(result.request_id)
+        if result.failure is None or result.failure.kind != RETURNED:
+            self._losses.row_finished()
+
     def _receive(self, live: _Live, results: Sequence[RowResult]) -> None:
         had_work, num_done = bool(live.sent), 0
         for result in results:
+            if result.request_id == self._proof_id:
+                self._take_proof(live, result)
             key = self._sent.pop(result.request_id, None)
             if key is not None:
                 live.sent.discard(result.request_id)
@@ -256,6 +287,8 @@ class Flights:
             return False
         self._losses.row_finished()
         if failure is None:
+            if self._proven is None and not is_streamed:
+                self._proven = self._shards.request(key)
             attempt = self._board.finished(replica, key)
             if attempt is not None:
                 self._shards.settle(key, Outcome(result, attempt))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+DOUBT_AFTER = 5
+"""Such losses in a row after which it has to be found out whether it is the rows or the engine."""
 MAX_FRUITLESS_LOSSES = 10
 """Replicas lost in a row without a single row finished in between: then it isn't the rows, and restarts would go on for
 as many rows as there are."""
@@ -27,6 +29,14 @@ class FruitlessLosses:
         if now - self._last_at > SAME_MOMENT_S:
             self._count += 1
             self._last_at = now
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a row that was done before should be done again, before more rows are held to be killers.
+
+        A dozen killers that lie together die one by one, and nothing else is done meanwhile.
+        """
+        return self._count >= DOUBT_AFTER
 
     def verdict(self, last_message: str) -> str | None:
         """Why to end the run; None while there is hope."""

@@ -166,6 +166,19 @@ def test_an_engine_that_dies_on_every_row_ends_the_run_instead_of_restarting_for
         run.close()
 
 
+@pytest.mark.long  # 15 starts of an engine
+@pytest.mark.timeout(300)
+def test_a_dozen_killers_that_lie_together_fail_and_all_others_succeed(local_ray: None) -> None:
+    killers = range(100, 112)
+    run = Run(ScriptedConfig(max_num_seqs=16, faults={1000 + row: "raise" for row in killers}), 1)
+    try:
+        [outcomes] = run.generate(requests_for(range(300)))
+        assert kinds(outcomes) == dict.fromkeys(killers, ("engine_crash", 3))
+        check_texts(outcomes)
+    finally:
+        run.close()
+
+
 def _drained(run: Run, action: str) -> list[list[Outcome | None] | None]:
     async def work() -> list[list[Outcome | None] | None]:
         dispatcher = Dispatcher(run.fleet, on_outcome=lambda request, outcome: None, **run.limits)
