@@ -188,8 +188,11 @@ class BatchQueue:
                     self._advance(folder)
 
     def scan(self) -> None:
-        """Take up batches that another endpoint made, and remove what one that died had yet to remove."""
-        is_first, self._scanned_at = self._scanned_at is None, self.now()
+        """Take up batches that another endpoint made, and remove what one that died had yet to remove.
+
+        Those for a model that isn't served here wait for an endpoint that serves it; any may end what is to end.
+        """
+        self._scanned_at = self.now()
         sweep(self.records.root)
         found = self.records.everybodys()
         known = {folder.path for folder in found}
@@ -201,7 +204,7 @@ class BatchQueue:
                     facts = folder.facts()
                     if is_over(facts):
                         self._tidy(folder, facts)
-                    elif is_first or facts.created.model == self.served.model_name:  # else it is another model's
+                    elif facts.created.model == self.served.model_name or is_to_end(facts, self._scanned_at):
                         fresh[folder.path] = folder
         drop_oldest(folder for folder in found if folder.path in self._over)
         places = {folder.path: place for place, folder in enumerate(found)}

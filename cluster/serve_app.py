@@ -7,8 +7,9 @@ a run's stages would be waiting for. Invariant: it starts no engine and ends non
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ APPLICATION = "tramontane"
 DEPLOYMENT = "endpoint"
 MAX_ONGOING = 5000
 """More than `serve_http.MAX_OPEN`, so that it is the endpoint that refuses, in OpenAI's words; Serve's default is 5."""
+START_TIMEOUT_S = 120.0
 START_POLL_S = 0.05
 
 
@@ -154,34 +156,76 @@ def check_reach(settings: ServeSettings) -> None:
 
 
 def start_endpoint(fleet: str, settings: ServeSettings, runner: BatchRunner) -> None:
-    """Start the endpoint in the Ray that this process is connected to; returns when it answers.
+    """Start the endpoint in the Ray that this process is connected to; returns when Serve says that it runs.
 
     Raises:
         SpecError: `check_reach`, no such fleet, or Serve runs already with another address.
-        InfrastructureError: it doesn't start.
+        InfrastructureError: it doesn't start, or not within START_TIMEOUT_S.
     """
     from ray import serve
+    from ray.exceptions import RayError
 
     check_reach(settings)
     find_fleet(fleet)
     _check_free()
     try:
-        # Serve's proxy takes 1.1 s of a core to start and the ingress 1.9 s: one beside the other, not after it.
-        with ThreadPoolExecutor(1) as pool:
-            starting = pool.submit(_start_serve, settings)
-            while not starting.done() and not serve.status().proxies:
-                time.sleep(START_POLL_S)
-            if starting.done():
-                starting.result()
-            target = serve.RunTarget(application(fleet, settings, runner), name=APPLICATION, route_prefix="/")
-            serve.run_many([target], wait_for_applications_running=False)
-            starting.result()
-        _until_running()
-    except BaseException as error:
+        _start_all(application(fleet, settings, runner), settings)
+    except (RayError, RuntimeError, TimeoutError) as error:
         serve.shutdown()
-        if isinstance(error, (RuntimeError, TimeoutError)):
-            raise InfrastructureError(f"the endpoint doesn't start: {_reason(error, settings)}") from error
+        raise InfrastructureError(f"the endpoint doesn't start: {_reason(error, settings)}") from error
+    except BaseException:
+        serve.shutdown()
         raise
+
+
+def _start_all(app: Any, settings: ServeSettings) -> None:
+    """Start Serve, and the application as soon as Serve's controller is there.
+
+    Serve's proxy takes 1.1 s of a core to start and the ingress 1.9 s: one beside the other, not after it.
+    """
+    from ray import serve
+
+    failures: list[Exception] = []
+    # A daemon: an interrupt waits for neither.
+    starting = threading.Thread(target=_start_serve, args=(settings, failures), daemon=True)
+    starting.start()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    _wait(lambda: not starting.is_alive() or bool(serve.status().proxies), deadline)
+    if not failures:
+        target = serve.RunTarget(app, name=APPLICATION, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+    _wait(lambda: not starting.is_alive(), deadline)
+    if failures:
+        raise failures[0]
+    # `serve.run` would wait for this too, but looks once in a second only.
+    _wait(_is_running, deadline)
+
+
+def _start_serve(settings: ServeSettings, failures: list[Exception]) -> None:
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
+    http = {"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 30}
+    try:
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http)
+    except Exception as error:  # noqa: BLE001  raised where it is waited for
+        failures.append(error)
+
+
+def _wait(condition: Callable[[], bool], deadline: float) -> None:
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {START_TIMEOUT_S:g} s; {endpoint_problem() or 'no proxy answers'}")
+        time.sleep(START_POLL_S)
+
+
+def _is_running() -> bool:
+    from ray import serve
+
+    found = serve.status().applications[APPLICATION]
+    if found.status == "DEPLOY_FAILED":
+        raise RuntimeError(found.message)
+    return bool(found.status == "RUNNING")
 
 
 def _reason(error: Exception, settings: ServeSettings) -> str:
@@ -193,30 +237,6 @@ def _reason(error: Exception, settings: ServeSettings) -> str:
     if "Failed to bind" not in said:
         return said
     return f"port {settings.port} of {settings.host} is taken by another program; end that, or give --port"
-
-
-def _start_serve(settings: ServeSettings) -> None:
-    from ray import serve
-    from ray.serve.config import ProxyLocation
-
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 30},
-    )
-
-
-def _until_running() -> None:
-    """Wait for the application; `serve.run` does too, but looks once in a second only.
-
-    Raises:
-        RuntimeError: it doesn't come to life, with Serve's reason.
-    """
-    from ray import serve
-
-    while (found := serve.status().applications[APPLICATION]).status != "RUNNING":
-        if found.status == "DEPLOY_FAILED":
-            raise RuntimeError(found.message)
-        time.sleep(START_POLL_S)
 
 
 def endpoint_problem() -> str | None:

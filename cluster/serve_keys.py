@@ -43,8 +43,10 @@ def add_key(path: Path, name: str) -> str:
         known = read_keys(path) if path.exists() else {}
         if name in known.values():
             raise SpecError(f"{path} has a key named {name!r}; remove its line to take it back, or choose another name")
+        # A hand may have left the last line without its end: this one, written after it, would make both unreadable.
+        before = "\n" if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n") else ""
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(f"{before}{line}\n")
     except OSError as error:
         raise SpecError(f"{path} can't be used: {error.strerror}; choose a file in a folder that exists") from None
     return key

@@ -298,6 +298,21 @@ def test_batches_that_another_endpoint_made_are_found_in_a_minute_and_those_of_a
     assert desk.runner.live("run") == [others.path.name], "it was created before the other one"
 
 
+def test_an_endpoint_for_another_model_leaves_what_waits_alone_until_its_time_is_over(desk: Desk) -> None:
+    """At its start too: the waiting batch would be answered by a model that nobody asked."""
+    strangers, cancelled = desk.make(model="another"), desk.make(model="another")
+    cancelled.note_cancel()
+    desk.runner, desk.queue = Runner(), desk.open()
+    desk.look()
+    assert desk.runner.started == []
+    assert [desk.status(each) for each in (strangers, cancelled)] == ["validating", "cancelled"]
+    desk.time = 1000
+    desk.look()
+    desk.look()
+    assert desk.runner.started == []
+    assert desk.status(strangers) == "expired"
+
+
 def test_prompts_that_an_endpoint_died_before_removing_go_when_the_next_one_opens(desk: Desk) -> None:
     done, refused, waiting = desk.create(), desk.create(), desk.create()
     done.note_ended(Ended(at=1, status="completed", counts=NO_COUNTS))

@@ -91,6 +91,15 @@ def test_a_directory_for_batches_must_be_usable_and_is_its_owners_alone(tmp_path
     assert plan_endpoint("mixtral", "auto", batches=Path("kept")).settings.batches == str(Path("kept").absolute())
 
 
+def test_a_key_after_a_line_that_a_hand_left_without_its_end_locks_nobody_out(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    first = add_key(path, "first")
+    path.write_text(path.read_text().rstrip("\n"))
+    second = add_key(path, "second")
+    keys = KeyFile(path)
+    assert [keys.name_of(first), keys.name_of(second)] == ["first", "second"]
+
+
 def test_keys_are_kept_as_hashes_for_their_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "keys.txt"
     alice, bob = add_key(path, "alice"), add_key(path, "bob")
