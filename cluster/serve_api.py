@@ -179,13 +179,14 @@ class _Api:
         arrived: float,
     ) -> AsyncGenerator[str]:
         first_s = time.monotonic() - arrived
-        event = first
+        event, is_over = first, False
         try:
             while isinstance(event, Told):
                 piece = event.piece
                 if piece.text or piece.token_logs:
                     yield _json(answer.piece(event.position, piece.index, piece.text, piece.token_logs))
                 event = await anext(rest)
+            is_over = True
             self._endpoint.metrics.generated(asked, event, took_s=time.monotonic() - arrived, first_s=first_s)
             for position, result in enumerate(event):
                 for sample in result.samples:
@@ -194,9 +195,12 @@ class _Api:
                 yield _json(last)
             yield "[DONE]"
         except ApiError as error:
+            is_over = True
             self._endpoint.metrics.broken(error.status)
             yield json.dumps(error.body())
         finally:
+            if not is_over:
+                self._endpoint.metrics.hung_up()
             await rest.aclose()
 
 

@@ -18,6 +18,7 @@ from fastapi.responses import FileResponse
 from openai.types import Batch, FileDeleted, FileObject
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
+from starlette.types import Receive, Scope, Send
 
 from cluster import batch_files, batch_records
 from cluster.batch_files import FileShelf, new_file_id
@@ -128,6 +129,14 @@ def _off() -> None:
     raise ApiError(404, OFF, code="batches_off")
 
 
+class _Whole(FileResponse):
+    """Sends all of a file; what is asked for by `Range` would be answered in ways that OpenAI's API doesn't have."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() not in (b"range", b"if-range")]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+
 class _Routes:
     """The handlers. Those that are no coroutines run on threads: they read files."""
 
@@ -174,7 +183,7 @@ class _Routes:
         """Send a file's bytes."""
         self._find(request.scope[CALLER], file_id)
         path = self._desk.files.content_path(request.scope[CALLER], file_id)
-        return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+        return _Whole(path, media_type="application/octet-stream", filename=path.name)
 
     def delete_file(self, file_id: str, request: Request) -> FileDeleted:
         """Delete a file; batches that were created with it go on."""

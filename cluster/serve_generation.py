@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.serve_errors import of_failure, overloaded, timed_out
+from cluster.serve_errors import ApiError, of_failure, overloaded, timed_out
 from cluster.serve_limits import has_room
 from cluster.serve_prompts import Asked
 from cluster.serve_settings import ServeSettings
@@ -152,6 +152,9 @@ class Generation:
     def _let_in(self, asked: Asked) -> Iterator[None]:
         if self._draining:
             raise overloaded("the endpoint is about to end; try another", retry_after_s=10)
+        most = self._dispatcher.num_seqs + self._settings.max_waiting
+        if asked.num_samples > most and self._dispatcher.num_replicas:
+            raise ApiError(400, f"at most {most} samples can be asked for at once", code="too_many_samples")
         room = has_room(
             asked.num_samples,
             num_unfinished=self._num_unfinished,

@@ -37,7 +37,12 @@ class Metrics:
         self._queue = self._histogram("queue", "From a request's arrival until an engine began it.")
         self._first = self._histogram("first_token", "From a request's arrival to its first token.")
         self._total = self._histogram("total", "From a request's arrival to its last token.")
-        self._tokens = Counter("tramontane_tokens", "Tokens in and out.", ["direction"], registry=self._registry)
+        self._tokens = Counter(
+            "tramontane_tokens",
+            "Tokens in and out, of answers that were given whole.",
+            ["direction"],
+            registry=self._registry,
+        )
         self._load = _Load(replica_loads, moe)
         self._registry.register(self._load)
 

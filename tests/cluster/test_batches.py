@@ -117,6 +117,9 @@ def test_files_are_kept_listed_sent_back_and_deleted_whatever_they_are_called(cl
     assert [file.id for file in client.files.list(limit=3)] == [file.id for file in reversed(made)], "over two pages"
     assert [file.id for file in client.files.list(order="asc", purpose="batch")] == [file.id for file in made]
     assert client.files.list(purpose="batch_output").data == []
+    for span in ("bytes=2-3", "bytes=90-", "lines=1"):
+        whole = client.files.with_raw_response.content(made[1].id, extra_headers={"Range": span})
+        assert (whole.status_code, whole.content) == (200, content)
     answer = client.files.content(made[1].id)
     assert answer.content == content
     assert "set-cookie" not in answer.response.headers

@@ -202,13 +202,20 @@ def test_what_cannot_be_done_is_400_and_says_why(
     assert words in error["message"], error
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/healthz", "/metrics", "/openapi.json", "/x"])
 @pytest.mark.parametrize("authorization", [None, "Bearer", "Bearer tm-wrong", "Basic dG06dG0=", "Bearer \xff"])
-def test_without_a_key_every_route_is_refused(path: str, authorization: str | None, endpoint: Served) -> None:
+def test_without_a_key_every_route_is_refused(authorization: str | None, endpoint: Served, key: str) -> None:
+    """All that the document has, with every method, and some that it hasn't."""
+    document = get(endpoint.url + "/openapi.json", headers={"Authorization": f"Bearer {key}"}).json()
+    assert len(document["paths"]) >= 6
+    files = {"/v1/files", "/v1/files/x", "/v1/files/x/content", "/v1/batches", "/v1/batches/x", "/v1/batches/x/cancel"}
+    paths = {*document["paths"], *files, "/openapi.json", "/docs", "/", "/x"}
     headers = {} if authorization is None else {"Authorization": authorization.encode("latin-1")}
-    answer = get(endpoint.url + path, headers=headers)
-    assert answer.status_code == 401
-    assert answer.json()["error"]["code"] == "invalid_api_key"
+    with httpx.Client(base_url=endpoint.url, headers=headers, timeout=30) as stranger:
+        for path in sorted(paths):
+            for method in ("GET", "POST", "DELETE", "PUT", "OPTIONS"):
+                answer = stranger.request(method, path)
+                assert answer.status_code == 401, (method, path)
+                assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
 def test_keys_are_rotated_without_a_restart(endpoint: Served, key: str) -> None:
@@ -256,7 +263,8 @@ class Crowd:
     def __init__(self, endpoint: Served, key: str) -> None:
         self._endpoint, self._key = endpoint, key
         self.statuses: list[int] = []
-        self._clients: list[httpx.Client] = []
+        self.texts: list[bytes] = []
+        """What each was sent, once it is over."""
         self._threads: list[threading.Thread] = []
         self._leave = threading.Event()
 
@@ -271,9 +279,12 @@ class Crowd:
         url = self._endpoint.url + "/v1/chat/completions"
         with httpx.stream("POST", url, json=body, headers=headers, verify=False) as answer:
             self.statuses.append(answer.status_code)
-            for _ in answer.iter_bytes() if answer.status_code == 200 else ():
+            text = b""
+            for piece in answer.iter_bytes() if answer.status_code == 200 else ():
+                text += piece
                 if self._leave.is_set():
-                    return
+                    break
+            self.texts.append(text)
 
     def hang_up(self) -> None:
         self._leave.set()
@@ -327,6 +338,39 @@ def test_metrics_count_answers_tokens_and_experts(endpoint: Served, key: str, cl
     assert 0 < float(figures['tramontane_expert_entropy{layer="0"}']) <= 1
 
 
+def figure(endpoint: Served, key: str, name: str) -> float:
+    text = get(endpoint.url + "/metrics", headers={"Authorization": f"Bearer {key}"}).text
+    return float(dict(re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE))[name])
+
+
+def test_metrics_count_what_was_asked(endpoint: Served, key: str, client: openai.OpenAI) -> None:
+    names = ["queue_seconds_count", "total_seconds_count", 'tokens_total{direction="in"}', "hang_ups_total"]
+    before = [figure(endpoint, key, f"tramontane_{name}") for name in names]
+    used = [client.chat.completions.create(model="mixtral", messages=MESSAGES).usage for _ in range(3)]
+    with client.chat.completions.create(model="mixtral", messages=ENDLESS, stream=True) as left:
+        next(left)
+    wait_until(lambda: endpoint.num_unfinished() == 0, "its place is free", deadline_s=15)
+    after = [figure(endpoint, key, f"tramontane_{name}") for name in names]
+    added = [b - a for a, b in zip(before, after, strict=True)]
+    assert added == [3, 3, sum(usage.prompt_tokens for usage in used if usage), 1]
+
+
+def test_a_request_that_never_fits_is_not_told_to_try_again(endpoint: Served, key: str) -> None:
+    answer = post(endpoint, key, {"model": "mixtral", "messages": MESSAGES, "n": 25, "temperature": 1})
+    assert answer.status_code == 400
+    assert "at most 24 samples" in answer.json()["error"]["message"]
+
+
+def test_a_prompt_that_kills_engines_is_an_error_and_its_neighbours_are_answered(endpoint: Served, key: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        deadly = pool.submit(post, endpoint, key, {"model": "mixtral", "messages": DEADLY})
+        answers = [pool.submit(post, endpoint, key, {"model": "mixtral", "messages": MESSAGES}) for _ in range(16)]
+        assert [answer.result().status_code for answer in answers] == [200] * 16
+    assert deadly.result().status_code == 500
+    assert deadly.result().json()["error"]["code"] == "engine_crash"
+    wait_until(lambda: len(endpoint.members()) == 2, "the replicas are replaced", deadline_s=60)
+
+
 def test_hostile_bodies_are_refused_and_healthy_requests_served(endpoint: Served, key: str) -> None:
     dice = random.Random(7)
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
@@ -360,18 +404,23 @@ def test_without_a_directory_there_are_no_batches_and_it_says_why(path: str, end
 
 
 def test_a_lost_replica_costs_no_request_that_had_not_begun_to_stream(endpoint: Served, key: str) -> None:
-    """One client's stream ends in an error event; requests in one piece are done by another replica."""
+    """Both replicas are full of streams, and six requests wait: its streams end in an error event, all six are done."""
     crowd = Crowd(endpoint, key)
-    crowd.come(2)  # one for each replica
-    wait_until(lambda: crowd.statuses == [200, 200], "two streams", deadline_s=30)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    crowd.come(16)
+    wait_until(lambda: crowd.statuses == [200] * 16, "sixteen streams", deadline_s=30)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
         body = {"model": "mixtral", "messages": MESSAGES}
-        futures = [pool.submit(post, endpoint, key, body) for _ in range(8)]
+        waiting = [pool.submit(post, endpoint, key, {**body, "stream": n % 2 == 0}) for n in range(6)]
+        wait_until(lambda: endpoint.num_unfinished() == 22, "all have arrived", deadline_s=30)
+        assert not any(each.done() for each in waiting)
         victim = next(iter(endpoint.members().values()))
         ray.kill(victim.handle)
-        answers = [future.result() for future in futures]
+        answers = [each.result() for each in waiting]
     crowd.hang_up()
-    assert [answer.status_code for answer in answers] == [200] * 8
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert all(answer.text.endswith("data: [DONE]\n\n") for answer in answers[::2])
+    assert all(answer.json()["choices"][0]["message"]["content"] for answer in answers[1::2])
+    assert sum(b"engine was lost" in text for text in crowd.texts) == 8
     wait_until(lambda: len(endpoint.members()) == 2, "the replica is replaced", deadline_s=60)
     assert victim.replica not in endpoint.members()
 
