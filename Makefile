@@ -36,9 +36,10 @@ types: setup ## mypy, strict
 	$(BIN)/mypy
 
 test: lint types ## everything that CI runs
-	@# As listed: the slow files first. What fails beside a neighbour on a busy machine gets one more try, without one.
-	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=30 \
-	    || $(BIN)/pytest -q --last-failed --last-failed-no-failures none
+	@# As listed: the slow files first. What fails beside a neighbour on a busy machine gets one more try, without one;
+	@# only where tests failed (exit code 1) and the rest was run. What needed it is in the first summary.
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=30 || { \
+	    test $$? -eq 1 && echo "once more, alone:" && $(BIN)/pytest -q --last-failed --last-failed-no-failures none; }
 
 test-long: setup ## soak and fault campaigns, many minutes
 	$(BIN)/pytest -q -m long

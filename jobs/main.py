@@ -1,6 +1,7 @@
 """The process: runs a command, turns however it ended into one line and an exit code, and goes.
 
-Invariant: what went wrong on the way never shows as exit code 1, which means "done, with too many failed rows".
+Invariants: what went wrong on the way never shows as exit code 1, which means "done, with too many failed rows"; a run
+doesn't end because nobody reads what it says.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from jobs.cli import app
 from pipeline.errors import RunError
@@ -18,6 +20,7 @@ from pipeline.errors import RunError
 
 def main(command: Callable[[], object] = app) -> None:
     """Entry point: run the command, then end the process."""
+    sys.stderr = _Unheard(sys.stderr)
     exit_code = _exit_code(command)
     if "ray" not in sys.modules:
         sys.exit(exit_code)
@@ -28,6 +31,36 @@ def main(command: Callable[[], object] = app) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(exit_code)
+
+
+class _Unheard:  # all of a stream, by delegation
+    """Standard error that goes on, silent, when its reader is gone: `run 2>&1 | head -1`, a log shipper that died."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As the stream's."""
+        with self._silenced():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream's."""
+        with self._silenced():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _silenced(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # for what is in its buffer, and for processes started later
+            os.close(nowhere)
 
 
 def _exit_code(command: Callable[[], object]) -> int:
@@ -41,6 +74,8 @@ def _exit_code(command: Callable[[], object]) -> int:
         # Typer turns Ctrl-C into this. Once rows are being done, `jobs.supervise` handles it, so none is yet.
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             print("interrupted; what is committed is safe: rerun the same command", file=sys.stderr)
+        if isinstance(end.__context__, BrokenPipeError):  # nobody read a report to its end: 1 of Typer's
+            return 3
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:  # of a command that isn't Typer's
         print("interrupted; what is committed is safe: rerun the same command", file=sys.stderr)

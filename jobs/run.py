@@ -191,7 +191,8 @@ def opening_line(run_id: str, job: PreparedJob, before: RunCounters, work: Work,
         return f"nothing to do: all {done:,} of {total:,} rows are committed in {store.root}"
     if not done:
         return f"run {run_id}: {total:,} rows in {job.plan.num_shards:,} shards -> {store.root}"
-    retried = f", {work.num_single_rows:,} failed rows will be retried" if work.rows else ""
+    status = " or ".join(work.retried_statuses or ("failed",))
+    retried = f", {work.num_single_rows:,} {status} rows will be retried" if work.rows else ""
     return f"run {run_id} resumes {store.root}: {done:,} of {total:,} rows already committed{retried}"
 
 

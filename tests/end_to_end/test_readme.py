@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from jobs.cli import app
 from jobs.spec import parse_spec
 from jobs.spec_fields import all_fields
 from pipeline.errors import RETRYABLE_KINDS
@@ -44,7 +48,10 @@ class Step:
 
 
 BLOCKS = [Block(found["note"] or "", found["kind"], found["text"]) for found in BLOCK.finditer(README)]
-TO_RUN = [block for block in BLOCKS if not block.note.startswith("not run: needs ")]
+TO_RUN = [block for block in BLOCKS if not block.note.startswith("not run: ")]
+COMMANDS = {"console", "bash", "python"}
+SHOWN = {"text", "yaml", "sql"}
+"""Kinds of blocks that hold no commands; SQL is run by tests of what it reads."""
 
 MASKS = [
     (r"\d+ h \d+ min|\d+ min \d+ s|\b\d+ s\b", "TIME"),
@@ -140,15 +147,41 @@ def test_the_chains_second_spec_is_valid() -> None:
     assert parse_spec(text, name="README.md").input.prefix == "topic_"
 
 
-def test_only_what_needs_a_gpu_a_cluster_a_network_or_a_package_is_not_run() -> None:
+def test_only_what_needs_a_gpu_a_cluster_a_network_or_a_package_or_is_run_elsewhere_is_not_run() -> None:
+    assert {block.kind for block in TO_RUN} <= COMMANDS | SHOWN
     left_out = [block.note for block in BLOCKS if block not in TO_RUN]
     assert sorted(left_out) == [
+        "not run: needs a cluster",
         "not run: needs a cluster",
         "not run: needs the endpoint above",  # tests/cluster/test_batches.py does the same
         "not run: needs the network",
         "not run: needs the network and a GPU",
         "not run: needs the package datasets",
+        "not run: stays until Ctrl-C",
+        "not run: tests/end_to_end/test_chained_runs.py does the like",
+        "not run: tests/end_to_end/test_examples.py does",
+        "not run: tests/jobs/test_openai_export.py exports",
     ]
+
+
+def commands_not_run() -> list[list[str]]:
+    lines = [line for block in BLOCKS if block not in TO_RUN for line in block.text.splitlines()]
+    commands = [command for line in lines for command in re.split(r" #.*| > .*|&&", line)]
+    return [words[1:] for words in map(shlex.split, commands) if words[:1] == ["tramontane"]]
+
+
+@pytest.mark.parametrize("words", commands_not_run(), ids=" ".join)
+def test_commands_that_are_not_run_are_ones_that_there_are(words: list[str]) -> None:
+    """Names, options and their values, as the program itself takes them apart."""
+    group: Any = typer.main.get_command(app)
+    name, command, rest = group.resolve_command(
+        group.make_context("tramontane", ["--help"], resilient_parsing=True), words
+    )
+    assert command.make_context(name, rest).params
+
+
+def test_there_are_such_commands() -> None:
+    assert len(commands_not_run()) >= 15
 
 
 def annotated_spec() -> str:

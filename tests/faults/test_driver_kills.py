@@ -42,6 +42,8 @@ class KilledRun:
         self.journal.mkdir()
         self.pids_seen_dead: set[int] = set()
         """Of killed drivers that had become the output's owner."""
+        self.committed: dict[str, int] = {}
+        """Parts that were there when a driver was killed: when each was written."""
         self.launcher = new_launcher(max_num_seqs=NUM_SEQS, step_delay_s=step_delay_s, journal=str(self.journal))
 
     def num_started(self) -> int:
@@ -56,8 +58,20 @@ class KilledRun:
         driver = self.launcher.start(self.spec)
         moment(driver)
         assert not driver.ended, f"it should still be at work, but said:\n{driver.said}"
+        self.committed |= self.written_at()
         driver.kill()  # the next driver starts at once: it has to cope with what is left of this one's Ray
         self.check_status(driver.pid)
+
+    def written_at(self) -> dict[str, int]:
+        return {name: (self.output / "data" / name).stat().st_mtime_ns for name in part_names(self.output)}
+
+    def check_rework(self, kills: int) -> int:
+        """What was committed is never done again; returns how many rows were that were not."""
+        written_at = self.written_at()
+        assert {name: written_at[name] for name in self.committed} == self.committed
+        rework = self.num_started() - self.num_rows
+        assert 0 <= rework <= kills * self.open_rows()
+        return rework
 
     def check_status(self, pid: int) -> None:
         """From files alone: a run that had begun work is known to be dead; one killed earlier changed nothing."""
@@ -108,7 +122,8 @@ def test_killed_driver_resumes_without_lost_or_duplicate_rows(
     assert watcher.problems == []
     assert watcher.num_reads >= run.job.plan.num_shards
     assert run.pids_seen_dead
-    assert 0 <= run.num_started() - run.num_rows <= run.open_rows()
+    assert len(run.committed) >= 4
+    run.check_rework(kills=1)
     check_against_undisturbed(run, tmp_path)
 
 
@@ -128,10 +143,11 @@ def test_driver_killed_at_twenty_random_moments_leaves_the_undisturbed_runs_resu
         run.launcher.run(run.spec)
     assert watcher.problems == []
     assert watcher.num_reads >= run.job.plan.num_shards
-    rework = run.num_started() - run.num_rows
+    assert len(run.pids_seen_dead) >= kills // 3, "too few of them were at work"
+    assert len(run.committed) >= run.job.plan.num_shards // 4
+    rework = run.check_rework(kills)
     record_property("rows_done_again_per_kill", rework / kills)
     print(f"\n{kills} kills: {rework} rows done again, {rework / kills:.0f} a kill; bound {run.open_rows()}")
-    assert 0 <= rework <= kills * run.open_rows()
     check_against_undisturbed(run, tmp_path)
 
 

@@ -1,12 +1,17 @@
-"""How commands end that met what they have no words of their own for."""
+"""How commands end that met what they have no words of their own for, or that nobody listens to."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from jobs.main import _exit_code
+from tests.whole_runs import spec_text, write_prompts
 
 
 def raising(error: Exception) -> Callable[[], object]:
@@ -38,3 +43,28 @@ def test_anything_else_is_shown_whole_and_is_never_exit_code_1(
     said = capsys.readouterr().err
     assert "Traceback" in said
     assert f"error: unexpected {type(error).__name__}" in said
+
+
+def with_a_closed_pipe(which: str, *words: str) -> subprocess.CompletedProcess[bytes]:
+    """The command with standard output or error a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    other = {"stdout": "stderr", "stderr": "stdout"}[which]
+    try:
+        return subprocess.run(words, check=False, timeout=120, **{which: writing, other: subprocess.PIPE})
+    finally:
+        os.close(writing)
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says() -> None:
+    say = "import sys\nfor n in range(9): print(n, file=sys.stderr, flush=True)\nprint('done')"
+    source = f"from jobs.main import main; main(lambda: exec({say!r}))"
+    ended = with_a_closed_pipe("stderr", sys.executable, "-c", source)
+    assert (ended.returncode, ended.stdout) == (0, b"done\n")
+
+
+def test_a_report_that_nobody_reads_is_not_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(spec_text(write_prompts(tmp_path / "in.parquet", 3), tmp_path / "out"))
+    program = str(Path(sys.executable).with_name("tramontane"))
+    ended = with_a_closed_pipe("stdout", program, "plan", str(tmp_path / "job.yaml"))
+    assert ended.returncode == 3
