@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import SpecError
+from pipeline.errors import InfrastructureError, SpecError
+from pipeline.storage import Store
 from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import (
     TINY_MOE,
@@ -43,6 +44,34 @@ def test_every_row_comes_out_once_and_the_numbers_agree(tmp_path: Path) -> None:
     assert sum(experts["selections"].to_pylist()) == in_rows
     assert set(experts["slice"].to_pylist()) == {"en", "fr", "(null)"}
     assert set(totals.slices()) == {"en", "fr", "(null)"}
+    assert json.loads((tmp_path / "out" / "_run" / "spec.json").read_text()) == job.spec.model_dump(mode="json")
+
+
+def test_the_summary_is_written_last_and_is_not_there_while_there_is_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_prompts(tmp_path / "in.parquet", 100, text=[None, *["hello"] * 99])
+    job = make_job(rows, tmp_path / "out")
+    written: list[str] = []
+    put = Store.put
+
+    def put_and_note(store: Store, name: str, data: bytes) -> None:
+        put(store, name, data)
+        written.append(name)
+
+    monkeypatch.setattr(Store, "put", put_and_note)
+    run_scripted(job)
+    assert [name for name in written if not name.startswith("_run/")][-1] == "summary.json"
+    assert {"routing/experts.parquet", "routing/layers.parquet", "README.md"} < set(written)
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        assert not (tmp_path / "out" / "summary.json").exists()
+        raise InfrastructureError("the fleet is gone")
+
+    monkeypatch.setattr("jobs.run.execute_work", fail)
+    with pytest.raises(InfrastructureError, match="the fleet is gone"):
+        run_scripted(job, only_failed=True, kinds=("null_prompt",))
+    assert not (tmp_path / "out" / "summary.json").exists()
 
 
 def test_a_second_run_finds_nothing_to_do_and_touches_nothing(tmp_path: Path) -> None:

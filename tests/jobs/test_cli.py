@@ -220,14 +220,27 @@ def finished(_ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("command", ["validate", "plan", "run", "retry --kind engine_crash", "status", "drift out"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("validate", "plan", "run", "retry --kind engine_crash", "status", "drift out"),
+        pytest.param("preview -n 3", marks=pytest.mark.long),
+    ],
+)
 def test_json_is_all_that_standard_output_holds(command: str, finished: Path) -> None:
     name, *options = command.split()
     done = tramontane(name, "job.yaml", *options, "--json", cwd=finished)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     known = {"validate": "sampling", "plan": "input_tokens", "status": "committed_rows", "drift": "drift"}
-    assert known.get(name, "counts") in report
+    assert (known | {"preview": "timings"}).get(name, "counts") in report
+
+
+@pytest.mark.long
+def test_the_demos_json_is_all_that_standard_output_holds(tmp_path: Path) -> None:
+    done = tramontane("demo", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["input_rows"] == 200
 
 
 def test_the_schema_accepts_what_validate_accepts_and_points_at_what_it_refuses(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import time
 from dataclasses import asdict
@@ -121,3 +123,22 @@ def test_the_file_always_holds_the_final_state(tmp_path: Path) -> None:
 )
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_on_a_terminal_there_is_one_live_line_and_what_is_said_stays_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, terminal = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    watch = tracker()
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr("sys.stderr", stderr)
+        with ProgressDisplay(None) as display:
+            for second in range(3):
+                now = watch.look(figures(100 * second), "running", now=float(second))
+                display.show(now)
+                time.sleep(0.3)
+            display.say("a replica was lost")
+            shown = os.read(ours, 65536).decode()
+    assert "\x1b[2K" in shown, "lines are written over"
+    assert now.line() in re.sub(r"\x1b\[[\d;]*m", "", shown)
+    assert re.search(r"^(.*\x1b\[2K)?a replica was lost\r$", shown, re.MULTILINE)
