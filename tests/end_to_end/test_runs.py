@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
@@ -85,6 +87,28 @@ def test_a_second_run_finds_nothing_to_do_and_touches_nothing(tmp_path: Path) ->
     assert said == [f"nothing to do: all 100 of 100 rows are committed in {tmp_path / 'out'}"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
     assert (tmp_path / "out" / "summary.json").read_bytes() == summary
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_an_input_larger_than_rays_memory_streams_through(tmp_path: Path) -> None:
+    """600 MB that don't compress, with an object store of 256 MiB; every byte comes out beside its row."""
+    num_files, rows_each, size = 8, 2500, 30_000
+    for number in range(num_files):
+        noise = np.random.default_rng(number).bytes(rows_each * size)
+        rows = [noise[start : start + size] for start in range(0, len(noise), size)]
+        text = [f"question number {n}" for n in range(rows_each)]
+        pq.write_table(pa.table({"text": text, "noise": rows}), tmp_path / f"in-{number}.parquet", compression="none")
+    summary = run_scripted(make_job(tmp_path / "in-*.parquet", tmp_path / "out"))
+    assert summary["counts"]["input_rows"] == num_files * rows_each
+    check_whole(tmp_path / "out", num_files * rows_each)
+    for number in range(num_files):
+        wanted = pq.read_table(tmp_path / f"in-{number}.parquet", columns=["noise"])["noise"]
+        parts = ds.dataset(tmp_path / "out" / "data").filter(
+            ds.field("input_file") == str(tmp_path / f"in-{number}.parquet")
+        )
+        found = parts.to_table(columns=["input_row", "noise"]).sort_by("input_row")["noise"]
+        assert found.equals(wanted.cast(found.type))
 
 
 def test_no_rows_is_a_legal_run(tmp_path: Path) -> None:
