@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import ray
@@ -35,7 +35,8 @@ class ScriptedConfig:
 
     faults: {token id: action}, where an action is one of `crash` (SIGKILL to itself), `raise` (step raises), `hang`
     (step never returns), `error` (the request fails), `error_once` (fails once per process), `refuse` (add raises),
-    `never` (the request never finishes; a streamed one gains a word a step), `zeros` (routing of silent zeros).
+    `never` (the request never finishes; a streamed one gains a word a step), `zeros` (routing of silent zeros),
+    `broken` (the last character is missing).
     """
 
     max_num_seqs: int = 64
@@ -151,7 +152,8 @@ class ScriptedEngine:
                 done.append(piece)
                 continue
             del self._running[request_id]
-            done.append(complete(request, self.config, zeros=action == "zeros"))
+            whole = complete(request, self.config, zeros=action == "zeros")
+            done.append(broken(whole) if action == "broken" else whole)
             if self._finishes:
                 self._finishes.write(f"{time.time()}\n")
         return done
@@ -199,6 +201,10 @@ def complete(request: Request, config: ScriptedConfig, *, zeros: bool = False) -
     else:
         samples = tuple(scripted_sample(request, index, config, zeros=zeros) for index in range(request.sampling.n))
     return Completion(request.request_id, samples, 0, Timing(0.0, 0.0, 0.0))
+
+
+def broken(whole: Completion) -> Completion:
+    return replace(whole, samples=tuple(replace(sample, text=sample.text[:-1]) for sample in whole.samples))
 
 
 def pieces_of(request: Request, whole: Completion) -> list[Piece]:

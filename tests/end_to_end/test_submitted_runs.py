@@ -220,6 +220,12 @@ def test_each_exit_code_comes_back(
     assert code == 2
     assert "HF_TOKEN is to come from NO_SUCH_VARIABLE, which" in said
 
+    fleet = "fleet.pools=[{gpu: H100-80G, tensor_parallel: 2, replicas: 1}]"
+    code, _, said = machine.run("submit", "job.yaml", *storage, "--set", fleet)
+    assert code == 2
+    assert "H100-80G" in said
+    assert "the run would fail, so it wasn't started" in said
+
     # 1: done, with more failed rows than allowed.
     code, _, said = machine.run("submit", "job.yaml", *storage, "--no-check")
     assert code == 1, said

@@ -19,7 +19,9 @@ from jobs.spec import parse_spec
 from jobs.synthesis_text import synthesis_lines
 from pipeline.errors import SpecError
 from tests.driver_processes import DriverLauncher, wait_until
+from tests.scripted_engine import ScriptedConfig
 from tests.whole_runs import (
+    TINY_MOE,
     check_whole,
     journaling,
     make_job,
@@ -27,6 +29,7 @@ from tests.whole_runs import (
     read_output,
     run_scripted,
     snapshot,
+    token_of,
     write_prompts,
 )
 
@@ -155,6 +158,23 @@ def test_what_is_wrong_is_shown_when_asked_again_and_after_the_last_time_the_rec
         assert last["role"] == "user"
         assert "it was cut off after 3 tokens" in last["content"]
         assert last["content"].endswith("Answer again, shorter.")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_record_that_stays_invalid_is_dropped_as_such_and_costs_no_other(tmp_path: Path) -> None:
+    """An engine that breaks its own grammar, each time that it is asked for one of six."""
+    text = ["please explode" if n == 2 else f"question number {n}" for n in range(6)]
+    rows, output = write_prompts(tmp_path / "in.parquet", 6, text=text), tmp_path / "out"
+    engine = ScriptedConfig(moe=TINY_MOE, faults={token_of("explode"): "broken"})
+    report = run_scripted(synthesis_job(rows, output, sampling={"max_tokens": 1000}, retries=2), engine)["synthesis"]
+    assert [each["asked_again"] for each in report["rounds"]] == [1, 1]
+    [dropped] = read_folder(output / "dropped")
+    assert (dropped["text"], dropped["reason"], dropped["num_retries"]) == ("please explode", "invalid", 2)
+    assert sorted(row["id"] for row in read_folder(output / "records")) == [f"row-{n}" for n in (0, 1, 3, 4, 5)]
+    asked = [json.loads(line) for file in output.rglob("*.jsonl") for line in file.read_text().splitlines()]
+    told = [json.loads(one["messages"])[-1]["content"] for one in asked]
+    assert len(told) == 2
+    assert all(each.startswith("That answer can't be used: ") and "JSON" in each for each in told), told
 
 
 def killed_at(launcher: DriverLauncher, spec: Path, moment: Callable[[], bool], what: str) -> None:
