@@ -17,6 +17,7 @@ from ray.util import placement_group_table
 
 from cluster.fleet import start_fleet, stop_fleet
 from cluster.pools import PoolPlan, SlotShape
+from jobs.run import RunOptions, run_job
 from pipeline.dispatcher import Dispatcher
 from pipeline.engine import Request
 from pipeline.errors import InfrastructureError
@@ -24,6 +25,7 @@ from pipeline.outcomes import Outcome
 from pipeline.settings import SamplingSettings
 from tests.extra_nodes import ExtraNodes, extra_nodes
 from tests.scripted_engine import ScriptedConfig, complete
+from tests.whole_runs import TINY_MOE, check_whole, make_job, write_prompts
 
 SAMPLING = SamplingSettings(temperature=0, max_tokens=8)
 
@@ -89,12 +91,14 @@ def live_groups() -> list[str]:
     return [g["name"] for g in groups if g["name"].removeprefix("tramontane//").startswith(ours)]
 
 
-def test_three_gpu_types_with_two_tensor_parallel_sizes_feed_from_one_queue(nodes: ExtraNodes, tmp_path: Path) -> None:
+def test_one_job_feeds_three_gpu_types_with_two_tensor_parallel_sizes(nodes: ExtraNodes, tmp_path: Path) -> None:
     a100 = {nodes.add("A100-80G", 2), nodes.add("A100-80G", 2)}
     h100, l40s = nodes.add("H100-80G", 4), nodes.add("L40S", 4)
+    finishes = tmp_path / "finishes"
+    finishes.mkdir()
 
     def pool(name: str, replicas: int, gpus: int, step_s: float) -> PoolPlan:
-        config = ScriptedConfig(max_num_seqs=16, step_delay_s=step_s, finishes=str(tmp_path))
+        config = ScriptedConfig(max_num_seqs=16, step_delay_s=step_s, moe=TINY_MOE, finishes=str(finishes))
         return PoolPlan(name, replicas, config, max_num_seqs=16, shape=shape(name, gpus))
 
     slow, fast = 1.2, 0.4  # of which a busy machine's own work is little
@@ -108,15 +112,18 @@ def test_three_gpu_types_with_two_tensor_parallel_sizes_feed_from_one_queue(node
         assert [found for name, found in placed.items() if name.startswith("L40S")] == [[l40s]]
         assert ray.available_resources().get("GPU", 0) == 0
 
-        rows = range(1600)
-        check(asyncio.run(asyncio.wait_for(generate(fleet, rows), 180)), rows)
+        job = make_job(write_prompts(tmp_path / "in.parquet", 1600), tmp_path / "out")
+        assert run_job(job, RunOptions(quiet=True), say=[].append, pools=pools, fleet=fleet)["exit_code"] == 0
+        check_whole(tmp_path / "out", 1600)
         done: dict[str, list[float]] = {}
         last = []
-        for log in tmp_path.glob("*.times"):
+        for log in finishes.glob("*.times"):
             times = [float(line) for line in log.read_text().split()]
             done.setdefault(log.with_suffix(".node").read_text(), []).append(len(times))
             last.append(max(times))
-        assert sum(map(sum, done.values())) == len(rows)
+        print({name: (placed, done.get(found[0])) for name, found in placed.items()}, last)
+        print(f"rows by node and replica {done}, last rows {[each - max(last) for each in last]} s")
+        assert sum(map(sum, done.values())) == 1600
         per_slow = (sum(done[l40s]) + sum(sum(done[node]) for node in a100)) / 3
         assert 2.4 <= sum(done[h100]) / 2 / per_slow <= 3.6
         # A microbatch of 8 to 32 rows is one or two steps of 16 rows on the slowest.
@@ -124,6 +131,29 @@ def test_three_gpu_types_with_two_tensor_parallel_sizes_feed_from_one_queue(node
     finally:
         stop_fleet(fleet)
     wait_for(lambda: ray.available_resources().get("GPU", 0) == 12 and not live_groups(), "everything released", 30)
+
+
+@pytest.mark.long
+def test_work_starts_with_the_first_replica(nodes: ExtraNodes, tmp_path: Path) -> None:
+    """One pool's model loads for 20 s; the other's replica does every row meanwhile."""
+    nodes.add("H100-80G", 1)
+    nodes.add("L4", 1)
+    quick = ScriptedConfig(moe=TINY_MOE, max_num_seqs=16, step_delay_s=0.05, journal=str(tmp_path))
+    loading = ScriptedConfig(moe=TINY_MOE, max_num_seqs=16, start_delay_s=20.0, journal=str(tmp_path))
+    pools = [
+        PoolPlan("H100-80G", 1, loading, max_num_seqs=16, shape=shape("H100-80G", 1)),
+        PoolPlan("L4", 1, quick, max_num_seqs=16, shape=shape("L4", 1)),
+    ]
+    job = make_job(write_prompts(tmp_path / "in.parquet", 500), tmp_path / "out")
+    began = time.monotonic()
+    assert run_job(job, RunOptions(quiet=True), say=[].append, pools=pools)["exit_code"] == 0
+    assert time.monotonic() - began < 20
+    check_whole(tmp_path / "out", 500)
+    assert [num_begun_by(log) for log in tmp_path.glob("*.log")] == [500]
+
+
+def num_begun_by(log: Path) -> int:
+    return len(log.read_text().splitlines())
 
 
 @pytest.mark.long  # tests/cluster/test_campaign.py has a sample
