@@ -143,7 +143,9 @@ def test_a_pool_that_the_cluster_can_never_hold_is_refused_in_seconds(
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     spec = tmp_path / "job.yaml"
     spec.write_text(spec_text(write_prompts(tmp_path / "prompts.parquet", 4), tmp_path / "out"))
+    began = time.monotonic()
     driver = new_launcher(replicas=2, gpu="H100-80G").start(spec, "--ray", ray.get_runtime_context().gcs_address)
     assert driver.wait() == 2
+    assert time.monotonic() - began < 30, "3 s on an idle machine"
     assert "needs 2 replicas with 1 GPU of H100-80G on one node, which this cluster can never hold" in driver.said
     assert not (tmp_path / "out").exists()

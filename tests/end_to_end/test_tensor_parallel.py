@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from jobs.run import RunOptions, run_job
 from pipeline.model import ModelFiles
 from tests.driver_processes import processes_below, wait_until
 from tests.near_ties import check_only_ties_differ, differing_rows
-from tests.whole_runs import check_whole, make_job, prompt_ids, read_output, write_prompts
+from tests.whole_runs import check_whole, make_job, prompt_ids, read_output, spec_text, write_prompts
 
 
 @contextlib.contextmanager
@@ -66,10 +69,10 @@ def test_two_way_tensor_parallel_runs_whole_and_leaves_no_process_behind(
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.skipif((psutil.cpu_count() or 1) < 2, reason="each of two workers is bound to a core of its own")
-def test_a_killed_engine_core_and_a_killed_worker_cost_no_row_and_leave_no_orphan(
+def test_a_killed_core_a_killed_worker_and_a_killed_replica_cost_no_row_and_leave_no_orphan(
     local_ray: None, vllm_fleet: Any, tiny_model: ModelFiles, tmp_path: Path
 ) -> None:
-    rows = write_prompts(tmp_path / "in.parquet", 512)
+    rows = write_prompts(tmp_path / "in.parquet", 768)
     sections = {"sampling": {"temperature": 0, "max_tokens": 24}, "routing": {"level": "tokens"}}
     pool = {"gpu": "cpu", "replicas": 1, "tensor_parallel": 2}
     job = make_job(rows, tmp_path / "killed", fleet={"pools": [pool]}, **sections)
@@ -78,26 +81,35 @@ def test_a_killed_engine_core_and_a_killed_worker_cost_no_row_and_leave_no_orpha
     def num_parts() -> int:
         return len(list((tmp_path / "killed" / "data").glob("*.parquet")))
 
-    def kill_both() -> None:
+    def its_replacement_works() -> None:
+        before = num_parts()
+        wait_until(lambda: num_parts() > before, "its replacement works")
+
+    def kill_all_three() -> None:
         wait_until(lambda: num_parts() >= 1, "work is under way")
         first = processes_below(os.getpid(), "VLLM::")
         processes_below(os.getpid(), "VLLM::EngineCore")[0].kill()
         killed.append("VLLM::EngineCore")
         psutil.wait_procs(first, timeout=30)
-        before = num_parts()
-        wait_until(lambda: num_parts() > before, "its replacement works")
+        its_replacement_works()
         processes_below(os.getpid(), "VLLM::Worker_TP")[0].kill()
         killed.append("VLLM::Worker_TP")
+        its_replacement_works()
+        replica = processes_below(os.getpid(), "VLLM::EngineCore")[0].parent()
+        assert replica is not None
+        killed.append(replica.cmdline()[0].split(".")[0])
+        replica.kill()
 
-    killer = threading.Thread(target=kill_both)
+    killer = threading.Thread(target=kill_all_three)
     with watched_processes("VLLM::") as processes:
         killer.start()
         summary = run_job(job, RunOptions(quiet=True), say=lambda line: None)
         killer.join()
     assert summary["exit_code"] == 0
-    assert killed == ["VLLM::EngineCore", "VLLM::Worker_TP"]
-    assert [loss["kind"] for loss in summary["this_execution"]["replica_losses"]] == ["engine_crash"] * 2
-    check_whole(tmp_path / "killed", 512)
+    assert killed == ["VLLM::EngineCore", "VLLM::Worker_TP", "ray::Replica"]
+    losses = [loss["kind"] for loss in summary["this_execution"]["replica_losses"]]
+    assert losses == ["engine_crash"] * 3
+    check_whole(tmp_path / "killed", 768)
     assert set(read_output(tmp_path / "killed")["status"].to_pylist()) <= {"ok", "truncated"}
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
@@ -105,7 +117,41 @@ def test_a_killed_engine_core_and_a_killed_worker_cost_no_row_and_leave_no_orpha
     calm = make_job(rows, tmp_path / "calm", **sections)
     run_job(calm, RunOptions(quiet=True), say=lambda line: None, fleet=vllm_fleet)
     parted = check_only_ties_differ(tiny_model.path, prompt_ids(calm, rows), tmp_path / "calm", tmp_path / "killed")
-    assert parted <= 25
+    assert parted <= 38
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.skipif((psutil.cpu_count() or 1) < 2, reason="each of two workers is bound to a core of its own")
+def test_a_killed_driver_takes_its_workers_along_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    rows, mark = write_prompts(tmp_path / "in.parquet", 512), uuid.uuid4().hex
+    pool = {"gpu": "cpu", "replicas": 1, "tensor_parallel": 2}
+    sampling = {"temperature": 0, "max_tokens": 24}
+    (tmp_path / "job.yaml").write_text(
+        spec_text(rows, tmp_path / "out", fleet={"pools": [pool]}, sampling=sampling, limits={"hang_timeout_s": 60})
+    )
+    command = [str(Path(sys.executable).with_name("tramontane")), "run", str(tmp_path / "job.yaml"), "--quiet"]
+    environment = {**os.environ, "TRAMONTANE_TEST_MARK": mark}
+    driver = subprocess.Popen(command, env=environment, start_new_session=True)
+    wait_until(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) >= 1, "work is under way")
+    titles = {title for process in marked(mark) for title in process.cmdline()[:1]}
+    assert sum(title.startswith("VLLM::Worker_TP") for title in titles) == 2
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not marked(mark), "nothing of it is left", deadline_s=30)
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    check_whole(tmp_path / "out", 512)
+    wait_until(lambda: not marked(mark), "nothing of it is left", deadline_s=30)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Live processes with it in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TRAMONTANE_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 @pytest.mark.long
