@@ -26,6 +26,7 @@ MAX_ONGOING = 5000
 """More than `serve_http.MAX_OPEN`, so that it is the endpoint that refuses, in OpenAI's words; Serve's default is 5."""
 START_TIMEOUT_S = 120.0
 START_POLL_S = 0.05
+JOIN_TIMEOUT_S = 5.0
 
 
 class Ingress:
@@ -186,15 +187,18 @@ def _start_all(app: Any, settings: ServeSettings) -> None:
     from ray import serve
 
     failures: list[Exception] = []
-    # A daemon: an interrupt waits for neither.
     starting = threading.Thread(target=_start_serve, args=(settings, failures), daemon=True)
     starting.start()
     deadline = time.monotonic() + START_TIMEOUT_S
-    _wait(lambda: not starting.is_alive() or bool(serve.status().proxies), deadline)
-    if not failures:
-        target = serve.RunTarget(app, name=APPLICATION, route_prefix="/")
-        serve.run_many([target], wait_for_applications_running=False)
-    _wait(lambda: not starting.is_alive(), deadline)
+    try:
+        _wait(lambda: not starting.is_alive() or bool(serve.status().proxies), deadline)
+        if not failures:
+            target = serve.RunTarget(app, name=APPLICATION, route_prefix="/")
+            serve.run_many([target], wait_for_applications_running=False)
+        _wait(lambda: not starting.is_alive(), deadline)
+    except BaseException:
+        starting.join(JOIN_TIMEOUT_S)  # or it would start Serve's controller after Serve was shut down
+        raise
     if failures:
         raise failures[0]
     # `serve.run` would wait for this too, but looks once in a second only.

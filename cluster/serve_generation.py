@@ -56,6 +56,8 @@ class Generation:
             begins_at_once=True,
         )
         self._num_unfinished = 0
+        self._most_seqs = 0
+        """Sequences of all replicas when there were most."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -152,8 +154,9 @@ class Generation:
     def _let_in(self, asked: Asked) -> Iterator[None]:
         if self._draining:
             raise overloaded("the endpoint is about to end; try another", retry_after_s=10)
-        most = self._dispatcher.num_seqs + self._settings.max_waiting
-        if asked.num_samples > most and self._dispatcher.num_replicas:
+        self._most_seqs = max(self._most_seqs, self._dispatcher.num_seqs)
+        most = self._most_seqs + self._settings.max_waiting
+        if asked.num_samples > most and self._most_seqs:
             raise ApiError(400, f"at most {most} samples can be asked for at once", code="too_many_samples")
         room = has_room(
             asked.num_samples,

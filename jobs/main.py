@@ -40,6 +40,8 @@ class _Unheard:  # all of a stream, by delegation
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_stream":  # of one that is being copied
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
@@ -57,10 +59,10 @@ class _Unheard:  # all of a stream, by delegation
     def _silenced(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # for what is in its buffer, and for processes started later
-            os.close(nowhere)
+        except BlockingIOError:  # its reader is slow, not gone
+            raise
+        except OSError:  # a pipe, a terminal or a socket without its other end, a full disk
+            _to_nowhere(self._stream)
 
 
 def _exit_code(command: Callable[[], object]) -> int:
@@ -74,16 +76,38 @@ def _exit_code(command: Callable[[], object]) -> int:
         # Typer turns Ctrl-C into this. Once rows are being done, `jobs.supervise` handles it, so none is yet.
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             print("interrupted; what is committed is safe: rerun the same command", file=sys.stderr)
-        if isinstance(end.__context__, BrokenPipeError):  # nobody read a report to its end: 1 of Typer's
-            return 3
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.__context__, BrokenPipeError):  # 1 of Typer's
+            return _unread()
+        return _once_read(end.code if isinstance(end.code, int) else int(end.code is not None))
     except KeyboardInterrupt:  # of a command that isn't Typer's
         print("interrupted; what is committed is safe: rerun the same command", file=sys.stderr)
         return 130
     except Exception as error:  # noqa: BLE001
         # The last boundary: Python's own exit code 1 would read as "done, with too many failed rows".
         return _unexpected(error)
-    return 0
+    return _once_read(0)
+
+
+def _once_read(exit_code: int) -> int:
+    """The code, if standard output is read; what is in its buffer would else fail at the end, with 120 or 0."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _unread()
+    return exit_code
+
+
+def _unread() -> int:
+    """Nobody read a report to its end; what is left of it goes nowhere."""
+    _to_nowhere(sys.__stdout__)
+    return 3
+
+
+def _to_nowhere(stream: TextIO | None) -> None:
+    if stream is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # for what is in its buffer, and for processes started later
+        os.close(nowhere)
 
 
 def _unexpected(error: Exception) -> int:

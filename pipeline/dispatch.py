@@ -94,8 +94,8 @@ class DispatchBoard(Generic[RowKey]):
         self._again: deque[PendingRow[RowKey]] = deque()
         self._suspects: deque[list[PendingRow[RowKey]]] = deque()
         self._replicas: dict[str, _Replica[RowKey]] = {}
-        self.suspects_wait = False
-        """Set while it is in doubt whether suspects are to blame at all: none of them is sent."""
+        self.held = False
+        """Set while it is in doubt whether suspects are to blame at all: nothing is sent."""
 
     @property
     def num_unfinished(self) -> int:
@@ -107,6 +107,11 @@ class DispatchBoard(Generic[RowKey]):
         """Rows that are with no replica."""
         return len(self._fresh) + len(self._again) + sum(map(len, self._suspects))
 
+    @property
+    def has_suspects(self) -> bool:
+        """Whether rows wait that may have ended a replica."""
+        return bool(self._suspects)
+
     def num_in_flight(self, replica: str) -> int:
         """Rows that are with this replica."""
         return len(self._replicas[replica].in_flight) if replica in self._replicas else 0
@@ -115,6 +120,11 @@ class DispatchBoard(Generic[RowKey]):
         """Whether this replica is there for any row: it isn't leaving, nor kept for suspects."""
         state = self._replicas.get(replica)
         return state is not None and not state.leaving and not state.reserved
+
+    def is_leaving(self, replica: str) -> bool:
+        """Whether nothing more may be sent to it."""
+        state = self._replicas.get(replica)
+        return state is None or state.leaving
 
     def live_replicas(self) -> tuple[str, ...]:
         """Replicas that can be given work."""
@@ -204,7 +214,7 @@ class DispatchBoard(Generic[RowKey]):
 
     def next_assignment(self) -> Assignment[RowKey] | None:
         """Return what to send next, or None when nothing can be sent now. Call again until it returns None."""
-        return self._next_group() or self._next_microbatch()
+        return None if self.held else self._next_group() or self._next_microbatch()
 
     def _take(self, replica: str, key: RowKey) -> PendingRow[RowKey] | None:
         state = self._replicas.get(replica)
@@ -230,7 +240,7 @@ class DispatchBoard(Generic[RowKey]):
         return given_up
 
     def _next_group(self) -> Assignment[RowKey] | None:
-        if not self._suspects or self.suspects_wait:
+        if not self._suspects:
             for state in self._replicas.values():
                 if state.reserved and not state.running_group:
                     state.reserved = False

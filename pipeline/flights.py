@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.balance import Load, SpeedMeter, choose_recall
 from pipeline.dispatch import Assignment, DispatchBoard
-from pipeline.engine import Request
+from pipeline.engine import Request, plain_ids
 from pipeline.errors import NodeLost, ReplicaDied, ReplicaUnreachable, RequestRefused
 from pipeline.fleet_link import FleetLink
 from pipeline.fresh_rows import prompt_bytes
@@ -129,11 +129,11 @@ class Flights:
 
     def send_all(self) -> None:
         """Send what can be sent now."""
-        self._board.suspects_wait = self._losses.in_doubt and self._proven is not None
+        self._board.held = self._losses.in_doubt and self._proven is not None and self._board.has_suspects
+        if self._board.held:
+            self._ask_for_proof()
         while (assignment := self._board.next_assignment()) is not None:
             self._send(assignment)
-        if self._board.suspects_wait:
-            self._ask_for_proof()
 
     def forget(self, keys: Sequence[Key]) -> None:
         """Take rows off the board; others that waited for theirs go there instead, at the next occasion."""
@@ -246,10 +246,10 @@ class Flights:
 
     def _ask_for_proof(self) -> None:
         """Have an engine do again what one has done before: if that ends it too, no row is to blame."""
-        able = [live for name, live in self._members.items() if self._board.takes_work(name)]
-        if self._proof_id is not None or self._proven is None or not able:
+        staying = [live for name, live in self._members.items() if not self._board.is_leaving(name)]
+        if self._proof_id is not None or self._proven is None or not staying:
             return
-        live = min(able, key=lambda each: len(each.sent))
+        live = min(staying, key=lambda each: len(each.sent))
         self._num_sent += 1
         self._proof_id = f"{self._link.consumer}/{self._num_sent}"
         live.sent.add(self._proof_id)
@@ -259,7 +259,7 @@ class Flights:
         self._proof_id = None
         live.sent.discard(result.request_id)
         if result.failure is None or result.failure.kind != RETURNED:
-            self._losses.row_finished()
+            self._losses.proven()
 
     def _receive(self, live: _Live, results: Sequence[RowResult]) -> None:
         had_work, num_done = bool(live.sent), 0
@@ -287,8 +287,9 @@ class Flights:
             return False
         self._losses.row_finished()
         if failure is None:
-            if self._proven is None and not is_streamed:
-                self._proven = self._shards.request(key)
+            if self._proven is None and not is_streamed and (request := self._shards.request(key)) is not None:
+                # A copy of its ids: they are a view of the whole shard's.
+                self._proven = replace(request, prompt_token_ids=plain_ids(request.prompt_token_ids))
             attempt = self._board.finished(replica, key)
             if attempt is not None:
                 self._shards.settle(key, Outcome(result, attempt))

@@ -135,11 +135,11 @@ def test_one_job_feeds_three_gpu_types_with_two_tensor_parallel_sizes(nodes: Ext
 
 @pytest.mark.long
 def test_work_starts_with_the_first_replica(nodes: ExtraNodes, tmp_path: Path) -> None:
-    """One pool's model loads for 20 s; the other's replica does every row meanwhile."""
+    """One pool's model loads for ten minutes; the other's replica does every row meanwhile."""
     nodes.add("H100-80G", 1)
     nodes.add("L4", 1)
     quick = ScriptedConfig(moe=TINY_MOE, max_num_seqs=16, step_delay_s=0.05, journal=str(tmp_path))
-    loading = ScriptedConfig(moe=TINY_MOE, max_num_seqs=16, start_delay_s=20.0, journal=str(tmp_path))
+    loading = ScriptedConfig(moe=TINY_MOE, max_num_seqs=16, start_delay_s=600.0, journal=str(tmp_path))
     pools = [
         PoolPlan("H100-80G", 1, loading, max_num_seqs=16, shape=shape("H100-80G", 1)),
         PoolPlan("L4", 1, quick, max_num_seqs=16, shape=shape("L4", 1)),
@@ -147,7 +147,7 @@ def test_work_starts_with_the_first_replica(nodes: ExtraNodes, tmp_path: Path) -
     job = make_job(write_prompts(tmp_path / "in.parquet", 500), tmp_path / "out")
     began = time.monotonic()
     assert run_job(job, RunOptions(quiet=True), say=[].append, pools=pools)["exit_code"] == 0
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 200
     check_whole(tmp_path / "out", 500)
     assert [num_begun_by(log) for log in tmp_path.glob("*.log")] == [500]
 

@@ -58,7 +58,7 @@ def client(endpoint: Served, key: str) -> Iterator[openai.OpenAI]:
 
 def post(endpoint: Served, key: str, body: Any, path: str = "/v1/chat/completions") -> httpx.Response:
     headers = {"Authorization": f"Bearer {key}"}
-    return httpx.post(endpoint.url + path, json=body, headers=headers, timeout=30, verify=False)
+    return httpx.post(endpoint.url + path, json=body, headers=headers, timeout=120, verify=False)
 
 
 def test_the_official_client_chats(client: openai.OpenAI) -> None:
@@ -277,7 +277,7 @@ class Crowd:
         body = {"model": "mixtral", "messages": ENDLESS, "stream": True}
         headers = {"Authorization": f"Bearer {self._key}"}
         url = self._endpoint.url + "/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, headers=headers, verify=False) as answer:
+        with httpx.stream("POST", url, json=body, headers=headers, verify=False, timeout=120) as answer:
             self.statuses.append(answer.status_code)
             text = b""
             for piece in answer.iter_bytes() if answer.status_code == 200 else ():

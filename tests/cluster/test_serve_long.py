@@ -89,8 +89,10 @@ def test_ten_thousand_hostile_requests_cost_bounded_memory_and_healthy_ones_are_
         list(pool.map(lambda n: attack(endpoint, http, n), range(500)))
         before = endpoint_memory()
         asking = pool.submit(ask_meanwhile)
-        statuses.update(pool.map(lambda n: attack(endpoint, http, n), range(500, 10_500)))
-        over.set()
+        try:
+            statuses.update(pool.map(lambda n: attack(endpoint, http, n), range(500, 10_500)))
+        finally:
+            over.set()
         asking.result()
     print(statuses, f"{len(healthy)} healthy ones; at most {(max(memory) - before) / 2**20:.1f} MiB more")
     assert all(status == 0 or 400 <= status < 500 for status in statuses)
@@ -111,8 +113,8 @@ def test_two_hundred_clients_that_hang_up_leave_nothing_within_two_seconds(endpo
         connections.append(socket.create_connection((host, int(port)), timeout=30))
         connections[-1].sendall(head.encode() + b"\r\n\r\n" + body)
     for connection in connections:  # each is in the middle of its answer
-        while b"data: " not in connection.recv(65536):
-            pass
+        while b"data: " not in (told := connection.recv(65536)):
+            assert told, "it was cut off"
     assert endpoint.num_unfinished() == 200
     for connection in connections:
         connection.close()

@@ -81,20 +81,20 @@ def test_a_killed_core_a_killed_worker_and_a_killed_replica_cost_no_row_and_leav
     def num_parts() -> int:
         return len(list((tmp_path / "killed" / "data").glob("*.parquet")))
 
-    def its_replacement_works() -> None:
+    def its_replacement_works(all_of_it: list[psutil.Process]) -> None:
+        """What was killed is gone, with all that belongs to it, and another engine's rows come."""
+        _, alive = psutil.wait_procs(all_of_it, timeout=30)
+        assert alive == []
         before = num_parts()
         wait_until(lambda: num_parts() > before, "its replacement works")
 
     def kill_all_three() -> None:
         wait_until(lambda: num_parts() >= 1, "work is under way")
-        first = processes_below(os.getpid(), "VLLM::")
-        processes_below(os.getpid(), "VLLM::EngineCore")[0].kill()
-        killed.append("VLLM::EngineCore")
-        psutil.wait_procs(first, timeout=30)
-        its_replacement_works()
-        processes_below(os.getpid(), "VLLM::Worker_TP")[0].kill()
-        killed.append("VLLM::Worker_TP")
-        its_replacement_works()
+        for title in ("VLLM::EngineCore", "VLLM::Worker_TP"):
+            engine = processes_below(os.getpid(), "VLLM::")
+            processes_below(os.getpid(), title)[0].kill()
+            killed.append(title)
+            its_replacement_works(engine)
         replica = processes_below(os.getpid(), "VLLM::EngineCore")[0].parent()
         assert replica is not None
         killed.append(replica.cmdline()[0].split(".")[0])

@@ -45,13 +45,16 @@ def test_anything_else_is_shown_whole_and_is_never_exit_code_1(
     assert f"error: unexpected {type(error).__name__}" in said
 
 
-def with_a_closed_pipe(which: str, *words: str) -> subprocess.CompletedProcess[bytes]:
+def with_a_closed_pipe(which: str, *words: str, unbuffered: bool = False) -> subprocess.CompletedProcess[bytes]:
     """The command with standard output or error a pipe that nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
     other = {"stdout": "stderr", "stderr": "stdout"}[which]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""}
     try:
-        return subprocess.run(words, check=False, timeout=120, **{which: writing, other: subprocess.PIPE})
+        return subprocess.run(
+            words, check=False, timeout=120, env=environment, **{which: writing, other: subprocess.PIPE}
+        )
     finally:
         os.close(writing)
 
@@ -63,8 +66,9 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says() -> None:
     assert (ended.returncode, ended.stdout) == (0, b"done\n")
 
 
-def test_a_report_that_nobody_reads_is_not_exit_code_1(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_report_that_nobody_reads_is_not_exit_code_1(tmp_path: Path, unbuffered: bool) -> None:
     (tmp_path / "job.yaml").write_text(spec_text(write_prompts(tmp_path / "in.parquet", 3), tmp_path / "out"))
     program = str(Path(sys.executable).with_name("tramontane"))
-    ended = with_a_closed_pipe("stdout", program, "plan", str(tmp_path / "job.yaml"))
-    assert ended.returncode == 3
+    ended = with_a_closed_pipe("stdout", program, "plan", str(tmp_path / "job.yaml"), unbuffered=unbuffered)
+    assert (ended.returncode, ended.stderr) == (3, b"")

@@ -138,7 +138,9 @@ def test_on_a_terminal_there_is_one_live_line_and_what_is_said_stays_above_it(mo
                 display.show(now)
                 time.sleep(0.3)
             display.say("a replica was lost")
-            shown = os.read(ours, 65536).decode()
+            shown = ""
+            while "a replica was lost\r\n" not in shown:
+                shown += os.read(ours, 65536).decode()
     assert "\x1b[2K" in shown, "lines are written over"
     assert now.line() in re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert re.search(r"^(.*\x1b\[2K)?a replica was lost\r$", shown, re.MULTILINE)
