@@ -108,7 +108,7 @@ def test_runs_share_a_warm_fleet_and_the_urgent_one_is_done_first(warm: Any, run
     took_s = take_down("nightly")
     assert took_s < 30
     assert slots() == []
-    assert warm_fleets() == []
+    assert "nightly" not in warm_fleets()  # the session may have another
 
 
 @pytest.mark.long
@@ -187,7 +187,7 @@ def test_a_warm_fleet_that_dies_leaves_nothing_and_its_run_says_what_to_do(
     print(f"its run ended {time.monotonic() - killed:.1f} s after the fleet's death")
     assert time.monotonic() - killed < 30
     assert "rerun the same command, after `tramontane up`" in cut.said, cut.said
-    assert warm_fleets() == []
+    assert "nightly" not in warm_fleets()  # the session may have another
 
     raise_and_wait(described)
     again = runs.start("cut", 2000)
