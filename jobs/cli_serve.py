@@ -19,7 +19,10 @@ def add_serve_commands(app: typer.Typer) -> None:
 
 
 def serve(
-    fleet: Annotated[str, typer.Argument(help=_FLEET, metavar="FLEET")],
+    fleet: Annotated[str | None, typer.Argument(help=_FLEET, metavar="FLEET")] = None,
+    attach: Annotated[
+        str | None, typer.Option(help="A warm fleet's name, whatever files there are.", metavar="NAME")
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option("--ray", envvar="RAY_ADDRESS", help="Ray cluster; a file can do without.", metavar="ADDRESS"),
@@ -42,10 +45,13 @@ def serve(
     """
     from jobs.serve import plan_endpoint
     from jobs.serve import serve as start
+    from pipeline.errors import SpecError
 
+    if (fleet is None) == (attach is None):
+        raise SpecError("name one fleet: `tramontane serve FLEET`, or `--attach NAME` for a warm one")
     changes = {"host": host, "port": port, "keys": keys, "batches": batches}
     changes |= {"requests_per_minute": requests_per_minute}
-    start(plan_endpoint(fleet, ray, **changes), say=say)
+    start(plan_endpoint(fleet, ray, attach=attach, **changes), say=say)
 
 
 def key(

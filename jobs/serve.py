@@ -69,14 +69,20 @@ class ServePlan:
         return FleetDemand(self.file.fleet, self.file.model, "", None).replica_cpus + of_runs
 
 
-def plan_endpoint(target: str, address: str | None, **changes: Any) -> ServePlan:
-    """Work out what `serve` is asked for; `changes` are settings from the command line, None for those not given.
+def plan_endpoint(target: str | None, address: str | None, *, attach: str | None = None, **changes: Any) -> ServePlan:
+    """Work out what `serve` is asked for.
+
+    Args:
+        target: a fleet's file, or a warm fleet's name.
+        address: of the Ray cluster.
+        attach: a warm fleet's name, instead of a target.
+        **changes: settings from the command line, None for those not given.
 
     Raises:
         SpecError: the file or a setting is wrong, or anybody could reach the endpoint.
     """
-    is_file = target.endswith((".yaml", ".yml")) or Path(target).is_file()
-    file = load_fleet_file(target) if is_file else None
+    is_file = target is not None and (target.endswith((".yaml", ".yml")) or Path(target).is_file())
+    file = load_fleet_file(str(target)) if is_file else None
     own = file is not None and address in (None, "local")
     if not own:
         require_cluster(address)
@@ -91,7 +97,8 @@ def plan_endpoint(target: str, address: str | None, **changes: Any) -> ServePlan
         detail = error.errors()[0]
         raise SpecError(f"--{str(detail['loc'][0]).replace('_', '-')} {detail['input']}: {detail['msg']}") from None
     check_reach(valid)
-    return ServePlan(file.name if file is not None else target, file, valid, None if own else address)
+    name = file.name if file is not None else str(attach or target)
+    return ServePlan(name, file, valid, None if own else address)
 
 
 def serve(plan: ServePlan, *, say: Callable[[str], None]) -> None:

@@ -91,6 +91,17 @@ def test_a_directory_for_batches_must_be_usable_and_is_its_owners_alone(tmp_path
     assert plan_endpoint("mixtral", "auto", batches=Path("kept")).settings.batches == str(Path("kept").absolute())
 
 
+def test_a_warm_fleets_name_is_taken_as_one_whatever_files_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mixtral").write_text("no fleet file")
+    plan = plan_endpoint(None, "auto", attach="mixtral")
+    assert (plan.name, plan.file, plan.address) == ("mixtral", None, "auto")
+    with pytest.raises(SpecError):
+        plan_endpoint("mixtral", "auto")
+
+
 def test_a_key_after_a_line_that_a_hand_left_without_its_end_locks_nobody_out(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     first = add_key(path, "first")
