@@ -2,8 +2,8 @@
 
     python tests/bench/million_driver.py ROWS FOLDER [REPLICAS]
 
-Writes FOLDER/in.parquet and FOLDER/out, and prints one JSON object: rates, and samples of rows done, rows in flight and
-the resident memory of driver and dispatcher in MiB.
+Writes FOLDER/in.parquet and FOLDER/out, and prints one JSON object: rates, processor time per row, and samples of rows
+done, rows in flight, the resident memory of driver and dispatcher in MiB and their processor time in seconds.
 """
 
 from __future__ import annotations
@@ -61,13 +61,28 @@ class MemoryWatch:
                 self._dispatcher = dispatcher = self._dispatcher or process_below(me.pid, "GenerateStage")
                 if dispatcher is not None:
                     sample = {name: progress[name] for name in ("rows_done", "rows_in_flight")}
-                    self.samples.append(sample | {"driver_mib": rss(me), "dispatcher_mib": rss(dispatcher)})
+                    sample |= {"driver_mib": rss(me), "dispatcher_mib": rss(dispatcher)}
+                    self.samples.append(sample | {"driver_s": cpu_s(me), "dispatcher_s": cpu_s(dispatcher)})
+
+    def cpu_us_per_row(self) -> dict[str, float]:
+        """Processor time of both between the first tenth and the last sample; start-up is not in it."""
+        last = self.samples[-1]
+        first = next(sample for sample in self.samples if sample["rows_done"] >= last["rows_done"] / 10)
+        rows = last["rows_done"] - first["rows_done"]
+        if not rows:
+            return {}
+        return {name: 1e6 * (last[f"{name}_s"] - first[f"{name}_s"]) / rows for name in ("driver", "dispatcher")}
 
 
 def rss(process: psutil.Process) -> float:
     """MiB that are the process's own: the object store's shared pages belong to nobody."""
     memory = process.memory_info()
     return (memory.rss - memory.shared) / MIB
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def main(rows: int, folder: Path, replicas: int) -> None:
@@ -90,6 +105,7 @@ def main(rows: int, folder: Path, replicas: int) -> None:
         "counts": summary["counts"],
         "load": os.getloadavg()[0],
         "window": WINDOW_FACTOR * MAX_NUM_SEQS * replicas,
+        "cpu_us_per_row": watch.cpu_us_per_row(),
         "samples": watch.samples,
     }
     print(json.dumps(report))

@@ -1,7 +1,7 @@
 """Scale: whatever the number of rows, memory of driver and dispatcher stays where it was after the first tenth.
 
-Throughput is printed, and bounded loosely. A million rows through one replica on two shared cores: 6,080 rows/s, driver
-6.5 MiB and dispatcher 4.8 MiB above where they were after the first tenth (`pytest -s -m long tests/bench`).
+Throughput is printed, and bounded loosely. A million rows through one replica on two shared cores: 4,514 rows/s, driver
+5.4 MiB and dispatcher 2.8 MiB above where they were after the first tenth (`pytest -s -m long tests/bench`).
 """
 
 from __future__ import annotations
