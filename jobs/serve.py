@@ -24,7 +24,7 @@ from cluster.serve_settings import ServeSettings
 from cluster.warm import warm_fleets
 from jobs.batch_runner import ProcessRunner
 from jobs.fleet_file_source import load_fleet_file
-from jobs.fleets import require_cluster, start_fleet_of
+from jobs.fleets import start_fleet_of
 from jobs.interrupts import Interrupts
 from jobs.ray_session import LOGICAL_CPUS, ray_session
 from pipeline.errors import InfrastructureError, SpecError
@@ -84,8 +84,11 @@ def plan_endpoint(target: str | None, address: str | None, *, attach: str | None
     is_file = target is not None and (target.endswith((".yaml", ".yml")) or Path(target).is_file())
     file = load_fleet_file(str(target)) if is_file else None
     own = file is not None and address in (None, "local")
-    if not own:
-        require_cluster(address)
+    if not own and address in (None, "local"):
+        raise SpecError(
+            f"{attach or target} is taken for a warm fleet's name, and no Ray cluster is named to find it on; "
+            "add --ray ADDRESS or set RAY_ADDRESS, or give a fleet's YAML file, which can do without"
+        )
     given = {name: value for name, value in changes.items() if value is not None}
     for name in ("keys", "batches"):
         if given.get(name):

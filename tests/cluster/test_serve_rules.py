@@ -22,6 +22,7 @@ from cluster.serve_prompts import PromptMaker
 from cluster.serve_settings import ServeSettings
 from cluster.serve_types import ChatRequest, CompletionRequest
 from jobs.execute import PRIORITIES
+from jobs.fleet_file_source import parse_fleet_file
 from jobs.manifest import write_manifest
 from jobs.serve import plan_endpoint
 from pipeline.engine import Completion, Piece
@@ -100,6 +101,15 @@ def test_a_warm_fleets_name_is_taken_as_one_whatever_files_there_are(
     assert (plan.name, plan.file, plan.address) == ("mixtral", None, "auto")
     with pytest.raises(SpecError):
         plan_endpoint("mixtral", "auto")
+    with pytest.raises(SpecError, match=r"nosuch is taken for a warm fleet's name.* add --ray ADDRESS"):
+        plan_endpoint("nosuch", None)
+
+
+def test_the_readmes_small_fleet_is_one() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    text = readme.partition("<!-- file: small.yaml -->\n```yaml\n")[2].partition("```")[0]
+    fleet = parse_fleet_file(text, name="small.yaml")
+    assert (fleet.name, fleet.model.source) == ("small", "tiny")
 
 
 def test_a_key_after_a_line_that_a_hand_left_without_its_end_locks_nobody_out(tmp_path: Path) -> None:
