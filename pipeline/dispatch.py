@@ -118,8 +118,7 @@ class DispatchBoard(Generic[RowKey]):
 
     def takes_work(self, replica: str) -> bool:
         """Whether this replica is there for any row: it isn't leaving, nor kept for suspects."""
-        state = self._replicas.get(replica)
-        return state is not None and not state.leaving and not state.reserved
+        return not self.is_leaving(replica) and not self._replicas[replica].reserved
 
     def is_leaving(self, replica: str) -> bool:
         """Whether nothing more may be sent to it."""

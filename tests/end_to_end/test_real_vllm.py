@@ -17,6 +17,7 @@ from jobs.run import RunOptions, run_job
 from pipeline.engine import Request
 from pipeline.model import ModelFiles
 from pipeline.settings import SamplingSettings
+from tests.near_ties import scores_of
 from tests.whole_runs import check_whole, make_job, prompt_ids, read_output, results, write_prompts
 
 WORDS = ["wind", "harbour", "seven", "copper", "lantern", "orbit", "violin", "maple", "thunder", "paper", "glass"]
@@ -44,15 +45,9 @@ def greedy_run(vllm_fleet: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def reference(model: Any, prompt: list[int], generated: int) -> tuple[list[int], np.ndarray[Any, Any]]:
     """Greedy tokens, and each token's experts in each layer, first choice first, by transformers in float32."""
-    import torch
-
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(generated):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-        routers = model(ids[:, :-1], output_router_logits=True).router_logits
-    chosen = [logits.softmax(-1).topk(2, dim=-1).indices for logits in routers]
-    return ids[0, len(prompt) :].tolist(), torch.stack(chosen, dim=1).numpy()
+    scores = scores_of(model, prompt, generated)
+    tokens = [int(logits.argmax()) for logits in scores.next_token[len(prompt) - 1 :]]
+    return tokens, np.argsort(-scores.router, axis=-1, kind="stable")[..., :2]
 
 
 def test_what_a_replica_says_of_itself_is_read_without_torch(vllm_fleet: Any) -> None:
