@@ -86,6 +86,8 @@ def _read(path: Path) -> str:
         raise SpecError(f"{path}: there is no such file; `tramontane init` writes one to start from") from None
     except OSError as error:
         raise SpecError(f"{path}: can't be read: {error.strerror}; name a YAML file") from None
+    if data.startswith(b"PAR1"):
+        raise SpecError(f"{path} is a Parquet file; name the job's YAML file, whose `input.path` names rows")
     if len(data) > MAX_BYTES:
         raise SpecError(f"{path}: larger than 1 MiB; a spec is settings only, rows belong into `input.path`")
     try:

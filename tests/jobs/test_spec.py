@@ -23,6 +23,7 @@ from pipeline.errors import RowError, SpecError
 from pipeline.sampling import row_sampling
 from pipeline.settings import SamplingSettings
 from tests.machine_speed import Slowdown, slowdown
+from tests.whole_runs import write_prompts
 
 BROKEN = sorted((Path(__file__).parent / "broken_specs").glob("*.yaml"))
 MINIMAL = "\n".join(
@@ -180,6 +181,11 @@ def test_text_that_is_not_utf8_is_refused_at_its_place(tmp_path: Path) -> None:
     path.write_bytes(b"name: job\nmodel: {source: caf\xe9}\n")
     with pytest.raises(SpecError, match=r"latin\.yaml:2:20: not UTF-8"):
         load_spec(path)
+
+
+def test_rows_in_the_place_of_a_spec_are_known_as_such(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"rows\.parquet is a Parquet file; name the job's YAML file"):
+        load_spec(write_prompts(tmp_path / "rows.parquet", 3))
 
 
 def test_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
