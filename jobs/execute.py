@@ -61,25 +61,24 @@ def execute_work(
     Raises:
         RunError: the flow or the fleet failed; what was committed stays.
     """
-    with (
-        ProgressDisplay(store, quiet=quiet) as display,
-        _monitor() as monitor,
-    ):
+    with ProgressDisplay(store, quiet=quiet) as display:
+        # The engines first: a second or more of a model's loading passes while the rest comes up.
         fleet, pools = engines.live(job.spec.fleet.start_timeout)
         flow = make_flow(job, store, window=window_of(pools), epoch=lease.epoch if lease else None)
-        supervisor = Supervisor(
-            job,
-            execution,
-            fleet,
-            monitor,
-            display,
-            rows_before=before,
-            rows_to_do=work.num_rows(job),
-            interrupts=interrupts,
-            retries_failed="failed" in (work.retried_statuses or ()),
-            lease=lease,
-        )
-        return supervisor.run(lambda: _run_flows(flow, work, supervisor, fleet, monitor))
+        with _monitor() as monitor:
+            supervisor = Supervisor(
+                job,
+                execution,
+                fleet,
+                monitor,
+                display,
+                rows_before=before,
+                rows_to_do=work.num_rows(job),
+                interrupts=interrupts,
+                retries_failed="failed" in (work.retried_statuses or ()),
+                lease=lease,
+            )
+            return supervisor.run(lambda: _run_flows(flow, work, supervisor, fleet, monitor))
 
 
 def _run_flows(flow: Flow, work: Work, supervisor: Supervisor, fleet: Any, monitor: Any) -> None:

@@ -7,6 +7,7 @@ doesn't end because nobody reads what it says.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -20,6 +21,8 @@ from pipeline.errors import RunError
 
 def main(command: Callable[[], object] = app) -> None:
     """Entry point: run the command, then end the process."""
+    # Imports make objects to keep: looking through them for garbage was 0.35 of the 1.3 s before a run starts Ray.
+    gc.set_threshold(100_000, 20, 100)
     sys.stderr = _Unheard(sys.stderr)
     exit_code = _exit_code(command)
     if "ray" not in sys.modules:
