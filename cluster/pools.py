@@ -67,6 +67,13 @@ class PoolPlan:
         return self.num_replicas if self.max_replicas is None else self.max_replicas
 
 
+def num_cores() -> int:
+    """Cores that this process may use, of a machine that may have more; more threads than that wait for each other."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def pool_plans(
     fleet: FleetSettings,
     model: ModelSettings,
@@ -80,7 +87,7 @@ def pool_plans(
     `num_nodes` says for each pool over how many nodes its replicas go; None for one.
     """
     num_cpu_workers = sum(max(1, pool.least) * pool.num_workers for pool in fleet.pools if pool.gpu == CPU)
-    num_threads = max(1, (os.cpu_count() or 1) // max(1, num_cpu_workers))
+    num_threads = max(1, num_cores() // max(1, num_cpu_workers))
     plans = []
     for index, pool in enumerate(fleet.pools):
         shape = slot_shape(pool, fleet.gpu_types, num_nodes=num_nodes[index] if num_nodes else 1)
@@ -92,7 +99,7 @@ def pool_plans(
             tensor_parallel=pool.num_workers,
             num_nodes=shape.num_bundles,
             on_cpu=pool.gpu == CPU,
-            num_threads=num_threads if pool.gpu == CPU else 1,
+            num_threads=pool.cpu_threads or num_threads if pool.gpu == CPU else 1,
             engine_args={**model.engine_args, **pool.engine_args},
             source=model,
         )

@@ -44,8 +44,20 @@ class PoolSettings(Settings):
     room. More GPUs than a node has are taken from several nodes, equally many of each."""
     engine_args: dict[str, Any] = Field(default={})
     """Laid over `model.engine_args` for this pool."""
+    cpu_threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of each CPU engine's forward pass; null for all cores, shared out among the engines."""
     usd_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """What a GPU of this pool costs, for `tramontane plan`."""
+
+    @model_validator(mode="after")
+    def _threads_of_one_worker(self) -> PoolSettings:
+        if self.cpu_threads is not None and (self.gpu.casefold() != CPU or self.tensor_parallel != 1):
+            raise contradiction(
+                "cpu_threads is for a pool of gpu: cpu with tensor_parallel: 1 (each of several CPU workers has a core "
+                "of its own); leave it out",
+                at="cpu_threads",
+            )
+        return self
 
     @property
     def is_decided(self) -> bool:

@@ -74,7 +74,7 @@ def run_one(what: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
     bench = Bench(
         model=make_model(what["model"], folder / "models" / what["model"]),
         engine_args=engine_args(what["workload"], options.rows, options.max_num_seqs),
-        num_threads=os.cpu_count() or 1,
+        num_threads=options.threads or os.cpu_count() or 1,
     )
     num_rows = sizes_of(options.rows)[what["size"]]
     rows = _rows_file(what["workload"], num_rows, folder)
@@ -125,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=448)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="of each engine; all cores by default")
     parser.add_argument("--folder", type=Path, default=Path("out/bench"))
     return parser.parse_args()
 

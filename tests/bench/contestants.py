@@ -31,7 +31,8 @@ class Bench:
     engine_args: Mapping[str, Any]
     """As vLLM names them: dtype, max_model_len, max_num_seqs, max_num_batched_tokens and others."""
     num_threads: int
-    """Of each engine's forward pass: all cores, which is what ours takes on CPU."""
+    """Of each engine's forward pass. With all cores the engine and what feeds it take them from each other; with one
+    less they don't, as where the engine is on a GPU."""
 
     @property
     def env(self) -> dict[str, str]:
@@ -88,6 +89,7 @@ def _ours(bench: Bench, rows: Path, folder: Path, *, level: str) -> Command:
         "sampling": {"temperature": 0, "max_tokens": 400, "column": "sampling", "dedupe": "off", "fit": True},
         "output": {"path": str(folder / "out")},
         "routing": {"level": level},
+        "fleet": {"pools": [{"gpu": "cpu", "cpu_threads": bench.num_threads}]},
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
     words = [str(Path(sys.executable).with_name("tramontane")), "run", str(folder / "job.yaml")]

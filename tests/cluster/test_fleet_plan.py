@@ -8,6 +8,7 @@ tests/cluster/test_topology.py: H100-80G at 2 has 26.37 GiB x 2^30 / (131,072 / 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cluster.fleet_plan import FleetDemand, decide_fleet, refuse_impossible
 from cluster.gpus import GpuType
 from cluster.hardware import Hardware, NodeKind
 from cluster.nodes import Node
-from cluster.pools import GPU_TYPE_LABEL, UNBOUNDED
+from cluster.pools import GPU_TYPE_LABEL, UNBOUNDED, pool_plans
 from cluster.settings import FleetSettings, PoolSettings
 from pipeline.errors import SpecError
 from pipeline.settings import ModelSettings
@@ -204,3 +205,24 @@ def test_cpus_of_the_fewest_replicas_are_known_before_any_node(mixtral: str) -> 
     )
     assert demand(pools, mixtral).replica_cpus == 2 * 3 + 4
     assert demand(AUTO, mixtral).replica_cpus == 1
+
+
+def threads(settings: FleetSettings, path: str) -> list[str]:
+    plans = pool_plans(settings, MODEL, model_path=path, moe=None)
+    return [plan.env["OMP_NUM_THREADS"] for plan in plans]
+
+
+def test_cpu_engines_share_out_the_cores_of_this_process_unless_told_their_threads(
+    mixtral: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3 + pid)) | {7, 11, 13}, raising=False)
+    assert threads(fleet({"gpu": "cpu"}), mixtral) == ["6"]
+    assert threads(fleet({"gpu": "cpu", "replicas": 2}), mixtral) == ["3"]
+    assert threads(fleet({"gpu": "cpu", "replicas": 9}), mixtral) == ["1"]
+    assert threads(fleet({"gpu": "cpu"}, {"gpu": "cpu", "cpu_threads": 1}), mixtral) == ["3", "1"]
+
+
+@pytest.mark.parametrize("pool", [{"gpu": "H200"}, {"gpu": "auto"}, {"gpu": "cpu", "tensor_parallel": 2}])
+def test_threads_are_for_single_cpu_engines(pool: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="cpu_threads is for a pool of gpu: cpu with tensor_parallel: 1"):
+        fleet({**pool, "cpu_threads": 1})

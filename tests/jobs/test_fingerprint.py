@@ -47,6 +47,7 @@ NEUTRAL = [
     "fleet.pools[0].tensor_parallel=2",
     "fleet.pools[0].tensor_parallel=auto",
     "fleet.pools[0].usd_per_gpu_hour=2.5",
+    "fleet.pools[0].cpu_threads=1",
     "fleet=auto",
     "fleet.gpu_types=[{name: H20, memory_gib: 94.8, memory_gb_per_s: 4000, tflops: 148}]",
     "fleet.start_timeout=30m",
