@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.gpus import CPU, GpuType, gpu_type
 from cluster.settings import FleetSettings, PoolSettings
+from pipeline.cores import num_cores
 from pipeline.engine import MoeShape
 from pipeline.engine_thread import EngineConfig
 from pipeline.settings import ModelSettings
@@ -67,13 +67,6 @@ class PoolPlan:
         return self.num_replicas if self.max_replicas is None else self.max_replicas
 
 
-def num_cores() -> int:
-    """Cores that this process may use, of a machine that may have more; more threads than that wait for each other."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def pool_plans(
     fleet: FleetSettings,
     model: ModelSettings,
@@ -99,7 +92,7 @@ def pool_plans(
             tensor_parallel=pool.num_workers,
             num_nodes=shape.num_bundles,
             on_cpu=pool.gpu == CPU,
-            num_threads=pool.cpu_threads or num_threads if pool.gpu == CPU else 1,
+            num_threads=(pool.cpu_threads or num_threads) if pool.gpu == CPU else 1,
             engine_args={**model.engine_args, **pool.engine_args},
             source=model,
         )

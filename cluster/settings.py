@@ -45,13 +45,14 @@ class PoolSettings(Settings):
     engine_args: dict[str, Any] = Field(default={})
     """Laid over `model.engine_args` for this pool."""
     cpu_threads: Annotated[int, Field(ge=1)] | None = None
-    """Threads of each CPU engine's forward pass; null for all cores, shared out among the engines."""
+    """Threads of each CPU engine's forward pass; null for all cores that the driver may use, shared out among the
+    engines."""
     usd_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """What a GPU of this pool costs, for `tramontane plan`."""
 
     @model_validator(mode="after")
     def _threads_of_one_worker(self) -> PoolSettings:
-        if self.cpu_threads is not None and (self.gpu.casefold() != CPU or self.tensor_parallel != 1):
+        if self.cpu_threads is not None and (self.gpu.casefold() != CPU or self.tensor_parallel not in (1, AUTO)):
             raise contradiction(
                 "cpu_threads is for a pool of gpu: cpu with tensor_parallel: 1 (each of several CPU workers has a core "
                 "of its own); leave it out",

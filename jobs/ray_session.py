@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import math
 import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from jobs.lean_ray import without_data_actors, without_idle_daemons
+from pipeline.cores import num_cores
 from pipeline.errors import InfrastructureError, SpecError
 
 LOGICAL_CPUS = 4
@@ -26,6 +28,9 @@ slot for ever."""
 OBJECT_STORE_BYTES = 1 << 30
 STARTUP_TIMED_OUT = "timed out during startup"
 """What Ray 2.60 says, as a bare Exception."""
+
+USUAL_THRESHOLDS = (700, 10, 10)
+"""CPython's, of its garbage collector."""
 
 # Before Ray is imported. A flow that was given up, and still runs when Ray is shut down, would start another one.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -72,6 +77,7 @@ def ray_session(address: str | None = None, *, replica_cpus: float = 0.0) -> Ite
     # A flow's error is raised to the run, which says it in a line; Ray Data would say it first, at length.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     with without_data_actors() if is_own else contextlib.nullcontext():
+        gc.set_threshold(*USUAL_THRESHOLDS)  # `jobs.main` has raised them for the imports, which are done
         try:
             yield
         finally:
@@ -86,17 +92,27 @@ then take 0.12 of a core for 0.13, of two that the engine wants both of."""
 def _start(replica_cpus: float) -> None:
     import ray
 
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    with without_idle_daemons():
+    with without_idle_daemons(), _inherited(QUIET):
         ray.init(
             address="local",
-            num_cpus=max(LOGICAL_CPUS, os.cpu_count() or 1) + math.ceil(replica_cpus),
+            num_cpus=max(LOGICAL_CPUS, num_cores()) + math.ceil(replica_cpus),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
             object_store_memory=OBJECT_STORE_BYTES,
         )
+
+
+@contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have processes that are started in the block find these, unless they are set; afterwards all is as it was."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _join(address: str) -> None:

@@ -2,24 +2,28 @@
 
 Puts the dispatch board's decisions into practice over a `FleetLink`, and what the link hears into the board. Knows
 requests as (shard token, position) and leaves shards to `OpenShards`. Invariant: a request id is in flight at one
-replica at most, and an answer to any other id is no longer of interest.
+replica at most, and an answer to any other id is no longer of interest. A row has one such id, and a second one while
+it is begun once more at a faster replica; that one is unknown to the board.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from pipeline.balance import Load, SpeedMeter, choose_recall
+from pipeline.backups import Backup, Backups
+from pipeline.balance import choose_recall, faster_places
 from pipeline.dispatch import Assignment, DispatchBoard
 from pipeline.engine import Request, plain_ids
 from pipeline.errors import NodeLost, ReplicaDied, ReplicaUnreachable, RequestRefused
 from pipeline.fleet_link import FleetLink
 from pipeline.fresh_rows import prompt_bytes
 from pipeline.fruitless_losses import FruitlessLosses
+from pipeline.live_replica import LiveReplica
 from pipeline.membership import RETIRED, Departure, Member
 from pipeline.outcomes import Key, OpenShard, OpenShards, Outcome
 from pipeline.replica_answers import RETURNED, Poll, RowResult, failed, returned
@@ -28,38 +32,9 @@ WINDOW_FACTOR = 2
 """Rows with or on the way to a replica, per sequence its engine can run at once: it never waits for us."""
 RECALL_INTERVAL_S = 0.2
 """Least time between two looks at whether rows should be called back from a slow replica."""
-RECALL_PATIENCE_S = 2.0
-"""How long to wait for what was called back before calling again: an engine step may take a second."""
 BROKEN_OFF = "its replica was lost after the answer had begun"
 BLAMELESS = frozenset({RETIRED, NodeLost.kind, ReplicaUnreachable.kind})
 """Ends of a replica that no row of its can have brought about."""
-
-
-@dataclass(slots=True)
-class _Live:
-    """One replica that takes work."""
-
-    member: Member
-    sent: set[str] = field(default_factory=set)
-    """Ids of requests that it hasn't answered."""
-    speed: SpeedMeter = field(default_factory=SpeedMeter)
-    met_at: float = field(default_factory=time.monotonic)
-    """When its speed was last looked at."""
-    recalled_at: float = -math.inf
-    knows_us: bool = False
-    """Whether it has answered a poll of ours."""
-    in_company: bool = False
-    """Whether it was last seen with requests of other runs."""
-    num_running: int = 0
-    num_waiting: int = 0
-    """What it was last seen with, everybody's."""
-
-    def load(self, now: float) -> Load:
-        info = self.member.info
-        # Of requests for several samples an engine begins fewer; then what it said last tells how many still wait.
-        spare = max(0, len(self.sent) - info.max_num_seqs - info.lookahead, min(len(self.sent), self.num_waiting))
-        patient = now - self.recalled_at < RECALL_PATIENCE_S
-        return Load(len(self.sent), info.max_num_seqs, 0 if patient else spare, self.speed.rate)
 
 
 class Flights:
@@ -74,10 +49,11 @@ class Flights:
         self._board: DispatchBoard[Key] = DispatchBoard(max_attempts=max_attempts)
         self._max_attempts = max_attempts
         self._begins_at_once = begins_at_once
-        self._members: dict[str, _Live] = {}
+        self._members: dict[str, LiveReplica] = {}
         self._sent: dict[str, Key] = {}
         self._num_sent = 0
         self._balanced_at = -math.inf
+        self._backups = Backups()
         self._losses = FruitlessLosses()
         self._proven: Request | None = None
         """One that was answered, to be asked again when engines die and nothing gets done."""
@@ -148,6 +124,7 @@ class Flights:
             for request_id in mine:
                 live.sent.discard(request_id)
                 self._board.finished(name, self._sent.pop(request_id))
+                self._end_backup_of(request_id)
             if mine:
                 self._link.abort(live.member, mine)
         self.forget(shard.keys)
@@ -160,10 +137,11 @@ class Flights:
             for request_id in live.sent:
                 self._sent.pop(request_id, None)
             live.sent.clear()
+        self._backups.clear()
 
     def joined(self, member: Member) -> None:
         """See `Listener`."""
-        self._members[member.replica] = _Live(member)
+        self._members[member.replica] = LiveReplica(member)
         self._board.replica_up(member.replica, window=WINDOW_FACTOR * member.info.max_num_seqs)
         self.send_all()
 
@@ -184,6 +162,8 @@ class Flights:
             self.failed(verdict)
         for request_id in live.sent:
             key = self._sent.pop(request_id, None)
+            self._backups.answered(request_id)
+            self._end_backup_of(request_id)
             if key is not None and self._shards.is_streamed(key):
                 attempt = self._board.finished(replica, key)
                 self._shards.settle(key, Outcome(failed("", why.kind, BROKEN_OFF), attempt or 1))
@@ -255,20 +235,24 @@ class Flights:
         live.sent.add(self._proof_id)
         self._link.submit(live.member, [replace(self._proven, request_id=self._proof_id)])
 
-    def _take_proof(self, live: _Live, result: RowResult) -> None:
+    def _take_proof(self, live: LiveReplica, result: RowResult) -> None:
         self._proof_id = None
         live.sent.discard(result.request_id)
         if result.failure is None or result.failure.kind != RETURNED:
             self._losses.proven()
 
-    def _receive(self, live: _Live, results: Sequence[RowResult]) -> None:
+    def _receive(self, live: LiveReplica, results: Sequence[RowResult]) -> None:
         had_work, num_done = bool(live.sent), 0
         for result in results:
             if result.request_id == self._proof_id:
                 self._take_proof(live, result)
+            backup = self._backups.answered(result.request_id)
+            if backup is not None:
+                num_done += self._take_backup(live, backup, result)
             key = self._sent.pop(result.request_id, None)
             if key is not None:
                 live.sent.discard(result.request_id)
+                self._end_backup_of(result.request_id)
                 num_done += self._take(live, key, result)
         now = time.monotonic()
         if had_work:
@@ -277,7 +261,7 @@ class Flights:
         self.send_all()
         self._balance(now)
 
-    def _take(self, live: _Live, key: Key, result: RowResult) -> bool:
+    def _take(self, live: LiveReplica, key: Key, result: RowResult) -> bool:
         """Take in one answer; returns whether the engine has done something for it."""
         replica, failure = live.member.replica, result.failure
         is_streamed = self._shards.is_streamed(key)
@@ -290,6 +274,7 @@ class Flights:
             if self._proven is None and not is_streamed and (request := self._shards.request(key)) is not None:
                 # A copy of its ids: they are a view of the whole shard's.
                 self._proven = replace(request, prompt_token_ids=plain_ids(request.prompt_token_ids))
+            live.note_pace(result)
             attempt = self._board.finished(replica, key)
             if attempt is not None:
                 self._shards.settle(key, Outcome(result, attempt))
@@ -301,7 +286,7 @@ class Flights:
         return True
 
     def _balance(self, now: float) -> None:
-        """When nothing waits any more, let the fast take over what the slow haven't begun."""
+        """When nothing waits any more, let the fast take over what the slow haven't begun, and then what they have."""
         if self._board.num_waiting or now - self._balanced_at < RECALL_INTERVAL_S or len(self._members) < 2:
             return
         self._balanced_at = now
@@ -311,3 +296,57 @@ class Flights:
             live = self._members[recall.replica]
             live.recalled_at = now
             self._link.recall(live.member, recall.count)
+        elif not self._begins_at_once:  # somebody may have been told a part of the first answer
+            self._back_up(list(loads))
+
+    def _back_up(self, names: Sequence[str]) -> None:
+        """Begin the oldest rows of slow replicas once more at the fastest that has nothing else to do."""
+        places = faster_places({name: self._members[name].place for name in names})
+        if not places:
+            return
+        receiver = next(iter(places.values()))
+        live = self._members[receiver]
+        requests = []
+        for _, original_id, giver in heapq.nsmallest(live.place.free, self._may_have_backups(list(places))):
+            key = self._sent[original_id]
+            request = self._shards.request(key)
+            if request is not None:
+                self._num_sent += 1
+                request_id = f"{self._link.consumer}/{self._num_sent}"
+                self._backups.add(Backup(key, original_id, giver, request_id, receiver))
+                live.sent.add(request_id)
+                requests.append(replace(request, request_id=request_id))
+        if requests:
+            self._link.submit(live.member, requests)
+
+    def _may_have_backups(self, givers: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+        """Requests in flight at these replicas, with their age (the n-th that was sent) and their replica."""
+        for name in givers:
+            for request_id in self._members[name].sent:
+                if request_id in self._sent and self._backups.may_have(request_id):
+                    yield int(request_id.rpartition("/")[2]), request_id, name
+
+    def _take_backup(self, live: LiveReplica, backup: Backup, result: RowResult) -> bool:
+        """Take in what became of a backup; returns whether the engine has done something for it."""
+        live.sent.discard(backup.request_id)
+        if result.failure is not None:
+            return result.failure.kind != RETURNED
+        live.note_pace(result)
+        self._losses.row_finished()
+        giver = self._members[backup.giver]
+        giver.sent.discard(backup.original_id)
+        self._sent.pop(backup.original_id)
+        self._backups.original_ended(backup.original_id)
+        self._link.abort(giver.member, [backup.original_id])
+        attempt = self._board.finished(backup.giver, backup.key)
+        if attempt is not None:
+            self._shards.settle(backup.key, Outcome(result, attempt))
+        return True
+
+    def _end_backup_of(self, original_id: str) -> None:
+        """Have a row's second replica forget it, if it has one."""
+        backup = self._backups.original_ended(original_id)
+        live = self._members.get(backup.receiver) if backup else None
+        if backup and live:
+            live.sent.discard(backup.request_id)
+            self._link.abort(live.member, [backup.request_id])

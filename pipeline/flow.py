@@ -6,7 +6,6 @@ Ray Data moves blocks, a block being a shard from end to end; the stage names he
 from __future__ import annotations
 
 import math
-import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import ray.data
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
+from pipeline.cores import num_cores
 from pipeline.datasink import PartSink
 from pipeline.datasource import MAX_TASK_RETRIES, read_plan
 from pipeline.errors import InfrastructureError
@@ -141,7 +141,7 @@ def num_readers() -> int:
     """
     node_id = ray.get_runtime_context().get_node_id()
     cpus = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == node_id)
-    return max(2, min(int(cpus), os.cpu_count() or 1) // 2)  # a Ray of a run's own counts its replicas' CPUs on top
+    return max(2, min(int(cpus), num_cores()) // 2)  # a Ray of a run's own counts its replicas' CPUs on top
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from pipeline.errors import InfrastructureError, SpecError
 from pipeline.settings import RANDOM, TINY, ModelSettings
 from pipeline.storage import filesystem, split_url
 
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "tekken.json", "vocab.json")
+"""One of them holds a tokenizer's vocabulary."""
 # Files worth fetching. Pickled weights (*.bin, *.pt, *.pth) are not among them.
 WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*")
 
@@ -94,7 +96,7 @@ def inspect_model(
     """Read what a model directory says of itself; `version` stands for the content of its weights.
 
     Raises:
-        SpecError: not a model directory, pickled weights only, or code of its own.
+        SpecError: not a model directory, pickled weights only, no tokenizer, or code of its own.
     """
     config_file = path / "config.json"
     if not config_file.is_file():
@@ -110,6 +112,11 @@ def inspect_model(
     if weights and not any(path.glob("*.safetensors")):
         raise SpecError(
             f"model.source {source!r}: no *.safetensors in {path}; convert the weights, pickled ones are refused"
+        )
+    if not any(name for pattern in TOKENIZER_FILES for name in path.glob(pattern)):
+        raise SpecError(
+            f"model.source {source!r}: no tokenizer in {path}, without which no engine starts; add the model's "
+            "tokenizer.json to its directory"
         )
     return ModelFiles(
         source=source,

@@ -58,6 +58,9 @@ class ScriptedConfig:
     confidence: float = 1.0
     """By how much the logs of choices' probabilities are too large: 1 is honest, see `honest_logs`."""
 
+    took_s: float = 0.0
+    """What each request is said to have taken."""
+
     consumer_gone_s: float | None = None
     """Instead of `pipeline.consumers.CONSUMER_GONE_S`."""
 
@@ -200,7 +203,7 @@ def complete(request: Request, config: ScriptedConfig, *, zeros: bool = False) -
         samples: tuple[Sample, ...] = (scripted_choice(request, config),)
     else:
         samples = tuple(scripted_sample(request, index, config, zeros=zeros) for index in range(request.sampling.n))
-    return Completion(request.request_id, samples, 0, Timing(0.0, 0.0, 0.0))
+    return Completion(request.request_id, samples, 0, Timing(0.0, 0.0, config.took_s))
 
 
 def broken(whole: Completion) -> Completion:

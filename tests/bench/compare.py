@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.cores import num_cores
 from tests.bench.compared import as_markdown, medians
 from tests.bench.contestants import NAMES, Bench, command
 from tests.bench.measure import as_record, measure
@@ -74,7 +75,7 @@ def run_one(what: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
     bench = Bench(
         model=make_model(what["model"], folder / "models" / what["model"]),
         engine_args=engine_args(what["workload"], options.rows, options.max_num_seqs),
-        num_threads=options.threads or os.cpu_count() or 1,
+        num_threads=options.threads or num_cores(),
     )
     num_rows = sizes_of(options.rows)[what["size"]]
     rows = _rows_file(what["workload"], num_rows, folder)

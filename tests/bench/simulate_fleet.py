@@ -6,7 +6,7 @@ Only engines and network are imagined: rows have log-normal lengths, a replica r
 speed, and tells of finished rows once per `POLL_S`, as `pipeline.flights` hears of them. What is measured is real:
 seconds of this process per row spent in decisions. What follows from the simulation: the share of sequences that stood
 idle while there was work for all, and how long the last tenth of the rows took, beside what it takes if each row's
-length is known and the longest go first, to wherever they are done soonest (LPT).
+length is known and the longest go first, to wherever they are done soonest, and what runs stays where it is (LPT).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import json
 import random
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.balance import Load, SpeedMeter, choose_recall
+from pipeline.balance import Load, PaceMeter, Place, SpeedMeter, choose_recall, faster_places
 from pipeline.dispatch import DispatchBoard
 from pipeline.flights import RECALL_INTERVAL_S, WINDOW_FACTOR
 from pipeline.fresh_rows import prompt_bytes
@@ -40,9 +41,11 @@ class Replica:
     speed: float
     waiting: deque[int] = field(default_factory=deque)
     running: dict[int, float] = field(default_factory=dict)
-    """Row -> when it will be done."""
-    finished: list[int] = field(default_factory=list)
+    """Row -> when it was begun."""
+    finished: list[tuple[str, int]] = field(default_factory=list)
+    """What is still to be told: a row, and the replica that the board has it at."""
     meter: SpeedMeter = field(default_factory=SpeedMeter)
+    pace: PaceMeter = field(default_factory=PaceMeter)
 
 
 class Simulation:
@@ -72,6 +75,8 @@ class Simulation:
         """Sequence-seconds until the input ran dry."""
         self._dry_at: float | None = None
         self._done: set[int] = set()
+        self._backups: dict[int, tuple[str, str]] = {}
+        """Row -> where it was begun first, and once more."""
         self.decision_s = 0.0
         self.num_done = 0
         self.done_at: list[float] = []
@@ -134,22 +139,30 @@ class Simulation:
     def _fill(self, name: str, replica: Replica) -> None:
         while replica.waiting and len(replica.running) < self._sequences:
             row = replica.waiting.popleft()
-            took = self._seconds[row] / replica.speed
-            replica.running[row] = self._now + took
-            self._num_running += 1
-            self._at(took, name, row)
+            self._begin(name, replica, row)
+
+    def _begin(self, name: str, replica: Replica, row: int) -> None:
+        replica.running[row] = self._now
+        self._num_running += 1
+        self._at(self._seconds[row] / replica.speed, name, row)
 
     def _finish(self, name: str, row: int) -> None:
         replica = self._replicas[name]
-        del replica.running[row]
-        self._num_running -= 1
-        replica.finished.append(row)
+        if row in self._done:  # by its other replica
+            return
+        replica.pace.add(1 + round(1000 * self._seconds[row]), self._now - replica.running[row])
+        first, second = self._backups.get(row, (name, name))
+        for each in {first, second}:
+            del self._replicas[each].running[row]
+            self._num_running -= 1
+        replica.finished.append((first, row))
         self._done.add(row)
         self.num_done += 1
         self.done_at.append(self._now)
         if self.num_done == TAIL_FROM * self._num_rows // 100:
             self._shortest_tail_s = self._by_lengths()
-        self._fill(name, replica)
+        for each in {first, second}:
+            self._fill(each, self._replicas[each])
 
     def _by_lengths(self) -> float:
         """Seconds until all is done if what runs stays where it is, and the rest goes by LPT."""
@@ -158,7 +171,8 @@ class Simulation:
         rest = sorted((each for row, each in enumerate(self._seconds) if row not in gone), reverse=True)
         free: dict[float, list[float]] = {}
         for replica in self._replicas.values():
-            places = [*replica.running.values(), *[self._now] * (self._sequences - len(replica.running))]
+            ends = [begun + self._seconds[row] / replica.speed for row, begun in replica.running.items()]
+            places = [*ends, *[self._now] * (self._sequences - len(ends))]
             free.setdefault(replica.speed, []).extend(places)
         for places in free.values():
             heapq.heapify(places)
@@ -171,8 +185,8 @@ class Simulation:
         replica = self._replicas[name]
         told, replica.finished = replica.finished, []
         began = time.perf_counter()
-        for row in told:
-            self._board.finished(name, row)
+        for holder, row in told:
+            self._board.finished(holder, row)
         if told or replica.running:
             replica.meter.add(len(told), POLL_S)
         self.decision_s += time.perf_counter() - began
@@ -195,8 +209,26 @@ class Simulation:
         if recall is not None:
             for _ in range(recall.count):
                 self._board.returned(recall.replica, self._replicas[recall.replica].waiting.pop())
+        places = faster_places({} if recall is not None else self._places())
         self.decision_s += time.perf_counter() - began
+        self._back_up(places)
         self._send()
+
+    def _places(self) -> dict[str, Place]:
+        return {
+            name: Place(self._sequences - len(r.running) - len(r.waiting), r.pace.pace)
+            for name, r in self._replicas.items()
+        }
+
+    def _back_up(self, places: Mapping[str, str]) -> None:
+        """As `pipeline.flights` does."""
+        for receiver in dict.fromkeys(places.values()):
+            free = self._places()[receiver].free
+            begun = [(at, row, name) for name in places for row, at in self._replicas[name].running.items()]
+            fresh = (each for each in begun if each[1] not in self._backups)
+            for _, row, name in heapq.nsmallest(free, fresh):
+                self._backups[row] = (name, receiver)
+                self._begin(receiver, self._replicas[receiver], row)
 
     def _figures(self) -> dict[str, float]:
         wall, dry = self.done_at[-1], self._dry_at or self.done_at[-1]
@@ -211,6 +243,7 @@ class Simulation:
             "from_dry_to_done_s": round(wall - dry, 1),
             "last_tenth_s": round(wall - self.done_at[TAIL_FROM * self._num_rows // 100 - 1], 1),
             "last_tenth_by_lengths_s": round(self._shortest_tail_s, 1),
+            "rows_begun_twice": len(self._backups),
         }
 
 

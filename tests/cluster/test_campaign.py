@@ -58,6 +58,7 @@ class Disturbance:
         self._over.set()
         self._thread.join(60)
         self._wait_for_replacement()
+        assert len(self._added) == NUM_NODES, "a lost node's replacement didn't start"
 
     def _disturb(self) -> None:
         while not any(self._journal.glob("*.log")):

@@ -219,7 +219,8 @@ def test_cpu_engines_share_out_the_cores_of_this_process_unless_told_their_threa
     assert threads(fleet({"gpu": "cpu"}), mixtral) == ["6"]
     assert threads(fleet({"gpu": "cpu", "replicas": 2}), mixtral) == ["3"]
     assert threads(fleet({"gpu": "cpu", "replicas": 9}), mixtral) == ["1"]
-    assert threads(fleet({"gpu": "cpu"}, {"gpu": "cpu", "cpu_threads": 1}), mixtral) == ["3", "1"]
+    assert threads(fleet({"gpu": "cpu", "cpu_threads": 2}), mixtral) == ["2"]
+    assert fleet({"gpu": "cpu", "cpu_threads": 2, "tensor_parallel": "auto"}).pools[0].cpu_threads == 2
 
 
 @pytest.mark.parametrize("pool", [{"gpu": "H200"}, {"gpu": "auto"}, {"gpu": "cpu", "tensor_parallel": 2}])

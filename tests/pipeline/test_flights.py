@@ -6,7 +6,6 @@ Dispatcher and replicas are the real ones, in one process; `tests/faults/test_re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +16,7 @@ from pipeline.engine import Piece, Request
 from pipeline.membership import Member, Membership
 from pipeline.replica import Replica
 from pipeline.settings import SamplingSettings
+from tests.in_process_fleet import remote, requests, until
 from tests.scripted_engine import ScriptedConfig
 
 NEVER = 77
@@ -31,7 +31,7 @@ class Line:
         self.open = asyncio.Event()
         self.open.set()
         self.num_polls = 0
-        self.fleet = SimpleNamespace(watch=_remote(self._watch))
+        self.fleet = SimpleNamespace(watch=remote(self._watch))
         self._member = member
 
     @classmethod
@@ -39,9 +39,9 @@ class Line:
         replica = Replica(config)
         info = await replica.info()
         names = ("submit", "abort", "recall", "cancel")
-        handle = SimpleNamespace(**{name: _remote(getattr(replica, name)) for name in names})
+        handle = SimpleNamespace(**{name: remote(getattr(replica, name)) for name in names})
         line = cls(replica, Member("only", handle, info))
-        handle.poll = _remote(line._poll)
+        handle.poll = remote(line._poll)
         return line
 
     async def _poll(self, consumer: str, wait_s: float) -> Any:
@@ -61,21 +61,6 @@ class Line:
         return not len(self.replica._mailboxes) and not requests.num_begun + requests.num_waiting
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  nobody tells
-            await asyncio.sleep(0.01)
-
-
-def _remote(method: Callable[..., Awaitable[Any]]) -> Any:
-    return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(method(*arguments)))
-
-
-def requests(*first_ids: int, **more: Any) -> list[Request | None]:
-    sampling = SamplingSettings(temperature=0, max_tokens=8)
-    return [Request("", [1, first, 1000 + n], sampling, None, **more) for n, first in enumerate(first_ids)]
-
-
 def dispatcher(line: Line, **more: Any) -> Dispatcher:
     return Dispatcher(line.fleet, max_attempts=3, hang_timeout_s=60.0, on_outcome=lambda *_: None, **more)
 
@@ -91,7 +76,7 @@ def test_rows_that_begin_alike_are_sent_together_but_in_turn_where_somebody_wait
             sent.extend(request.prompt_token_ids[1] for request in batch)
             await line.replica.submit(batch)
 
-        line._member.handle.submit = _remote(submit)
+        line._member.handle.submit = remote(submit)
         sampling = SamplingSettings(temperature=0, max_tokens=2)
         asked = [Request("", [1, *[500 + n % 3] * 100, 1000 + n], sampling, None) for n in range(12)]
         outcomes = await dispatcher(line, begins_at_once=begins_at_once).generate(asked)

@@ -32,6 +32,7 @@ MIXTRAL = {
 def write_model(folder: Path, config: dict[str, Any] | None = None, weights: str | None = "model.safetensors") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(MIXTRAL if config is None else config))
+    (folder / "tokenizer.json").write_text("{}")
     if weights:
         (folder / weights).write_bytes(b"0" * 100)
     return folder
@@ -140,6 +141,16 @@ def test_pickled_or_missing_weights_are_refused(tmp_path: Path, weights: str | N
         fetch_model(ModelSettings(source=str(folder)))
 
 
+def test_a_model_without_a_tokenizer_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    (folder / "tokenizer.json").rename(folder / "tokenizer_config.json")
+    for weights in (False, True):
+        with pytest.raises(SpecError, match=r"no tokenizer in .*without which no engine starts; add .*tokenizer\.json"):
+            fetch_model(ModelSettings(source=str(folder)), weights=weights)
+    (folder / "tokenizer.model").touch()
+    assert fetch_model(ModelSettings(source=str(folder))).architecture
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "", "\ufeffx"])
 def test_a_config_that_is_no_json_object_is_a_spec_error(tmp_path: Path, text: str) -> None:
     folder = write_model(tmp_path / "m")
@@ -196,7 +207,9 @@ def test_a_model_is_fetched_from_object_storage_once(cache: Path, tmp_path: Path
     assert found.moe == MoeShape(4, 8, 2)
     assert Path(found.path).is_relative_to(cache)
     names = {file.name for file in Path(found.path).iterdir()}
-    assert names == {"config.json", "model.safetensors", "chat_template.jinja"}, "pickles stay where they are"
+    assert names == {"config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"}, (
+        "pickles stay where they are"
+    )
     written = {file.name: file.stat().st_mtime_ns for file in Path(found.path).iterdir()}
     assert fetch_model(settings) == found
     assert {file.name: file.stat().st_mtime_ns for file in Path(found.path).iterdir()} == written
