@@ -32,7 +32,7 @@ class Backups:
         self._by_id: dict[str, Backup] = {}
         self._by_original: dict[str, Backup] = {}
         self._tried: set[str] = set()
-        """Original ids in flight whose backup failed: what ended it may be the row."""
+        """Original ids in flight whose backup failed, which may be the row's doing."""
 
     def may_have(self, original_id: str) -> bool:
         """Whether this request in flight has had no backup yet."""
@@ -42,12 +42,16 @@ class Backups:
         """It has been sent."""
         self._by_id[backup.request_id] = self._by_original[backup.original_id] = backup
 
-    def answered(self, request_id: str) -> Backup | None:
-        """Its replica has said something of this request, or is gone; returns the backup that it was."""
+    def ended(self, request_id: str, *, again: bool) -> Backup | None:
+        """Its replica has answered this request, or is gone; returns the backup that it was, if it was one.
+
+        `again` says that the row may have another one: nothing has been tried.
+        """
         backup = self._by_id.pop(request_id, None)
         if backup is not None:
             del self._by_original[backup.original_id]
-            self._tried.add(backup.original_id)
+            if not again:
+                self._tried.add(backup.original_id)
         return backup
 
     def original_ended(self, original_id: str) -> Backup | None:
@@ -57,6 +61,10 @@ class Backups:
         if backup is not None:
             del self._by_id[backup.request_id]
         return backup
+
+    def originals(self) -> tuple[str, ...]:
+        """Of all backups."""
+        return tuple(self._by_original)
 
     def clear(self) -> None:
         """Nobody waits for anything."""

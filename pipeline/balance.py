@@ -8,7 +8,8 @@ first answer counts: MapReduce's backup tasks (Dean and Ghemawat 2004, section 3
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 MEMORY_S = 20.0
@@ -17,8 +18,8 @@ MEMORY_ROWS = 100
 """Rows over which its pace is."""
 BACKUP_SPEEDUP = 1.5
 """How many times as fast a replica must be for a row to begin again there. Of 8,000 rows on four replicas of four
-speeds (simulated, 12 seeds, `tests/bench/simulate_fleet.py`) the last tenth takes 22.5 s, with 2.0 24.8 s, with 1.0
-22.5 s again, and 39.8 s without; one row in 90 is begun twice, by sequences that had nothing to do."""
+speeds (simulated, 12 seeds, `tests/bench/simulate_fleet.py`) the last tenth takes 23.2 s, with 2.0 25.4 s, with 1.0
+23.8 s, and 39.8 s without; 96 rows are begun twice, by sequences that had nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +91,27 @@ class Place:
     pace: float | None
 
 
-def faster_places(places: Mapping[str, Place]) -> dict[str, str]:
-    """For each replica whose begun rows had better begin once more elsewhere: where, the fastest that has room."""
+def slow_places(places: Mapping[str, Place]) -> list[str]:
+    """Replicas whose begun rows had better begin once more elsewhere, where there is room now."""
     paces = {name: place.pace for name, place in places.items() if place.pace}
-    free = [name for name in paces if places[name].free > 0]
-    if not free:
-        return {}
-    fastest = max(free, key=lambda name: paces[name])
-    return {name: fastest for name, pace in paces.items() if paces[fastest] >= BACKUP_SPEEDUP * pace}
+    free = [pace for name, pace in paces.items() if places[name].free > 0]
+    return [name for name, pace in paces.items() if free and max(free) >= BACKUP_SPEEDUP * pace]
+
+
+def choose_backups(begun: Iterable[tuple[int, str, str]], places: Mapping[str, Place]) -> list[tuple[str, str, str]]:
+    """Return what to begin once more and where: request, its replica, and the fastest that has room, the oldest first.
+
+    `begun` has each request's age (the n-th that was sent), id and replica, which is one of `slow_places`.
+    """
+    paces = {name: place.pace for name, place in places.items() if place.pace}
+    room = [name for name in paces for _ in range(places[name].free)]
+    room.sort(key=lambda name: -paces[name])
+    chosen: list[tuple[str, str, str]] = []
+    for _, request_id, giver in heapq.nsmallest(len(room), begun):
+        receiver = room[len(chosen)]
+        if paces[receiver] >= BACKUP_SPEEDUP * paces[giver]:
+            chosen.append((request_id, giver, receiver))
+    return chosen
 
 
 def choose_recall(loads: Mapping[str, Load], *, at_once: bool = False) -> Recall | None:

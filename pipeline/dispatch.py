@@ -120,6 +120,15 @@ class DispatchBoard(Generic[RowKey]):
         """Whether this replica is there for any row: it isn't leaving, nor kept for suspects."""
         return not self.is_leaving(replica) and not self._replicas[replica].reserved
 
+    def is_reserved(self, replica: str) -> bool:
+        """Whether it is kept for suspects."""
+        return replica in self._replicas and self._replicas[replica].reserved
+
+    def is_blameless(self, replica: str, key: RowKey) -> bool:
+        """Whether no attempt at this row, which is there, has ended badly, and no node was lost with it."""
+        row = self._replicas[replica].in_flight[key]
+        return row.attempts == 0 and row.moved == 0
+
     def is_leaving(self, replica: str) -> bool:
         """Whether nothing more may be sent to it."""
         state = self._replicas.get(replica)

@@ -8,22 +8,22 @@ it is begun once more at a faster replica; that one is unknown to the board.
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pipeline.backups import Backup, Backups
-from pipeline.balance import choose_recall, faster_places
+from pipeline.balance import choose_backups, choose_recall, slow_places
 from pipeline.dispatch import Assignment, DispatchBoard
 from pipeline.engine import Request, plain_ids
 from pipeline.errors import NodeLost, ReplicaDied, ReplicaUnreachable, RequestRefused
 from pipeline.fleet_link import FleetLink
 from pipeline.fresh_rows import prompt_bytes
 from pipeline.fruitless_losses import FruitlessLosses
-from pipeline.live_replica import LiveReplica
+from pipeline.live_replica import RECALL_PATIENCE_S, LiveReplica
 from pipeline.membership import RETIRED, Departure, Member
 from pipeline.outcomes import Key, OpenShard, OpenShards, Outcome
 from pipeline.replica_answers import RETURNED, Poll, RowResult, failed, returned
@@ -32,6 +32,8 @@ WINDOW_FACTOR = 2
 """Rows with or on the way to a replica, per sequence its engine can run at once: it never waits for us."""
 RECALL_INTERVAL_S = 0.2
 """Least time between two looks at whether rows should be called back from a slow replica."""
+BACKUP_INTERVAL_S = 1.0
+"""Least time between two looks at whether rows should be begun once more."""
 BROKEN_OFF = "its replica was lost after the answer had begun"
 BLAMELESS = frozenset({RETIRED, NodeLost.kind, ReplicaUnreachable.kind})
 """Ends of a replica that no row of its can have brought about."""
@@ -53,6 +55,7 @@ class Flights:
         self._sent: dict[str, Key] = {}
         self._num_sent = 0
         self._balanced_at = -math.inf
+        self._backed_up_at = -math.inf
         self._backups = Backups()
         self._losses = FruitlessLosses()
         self._proven: Request | None = None
@@ -162,7 +165,7 @@ class Flights:
             self.failed(verdict)
         for request_id in live.sent:
             key = self._sent.pop(request_id, None)
-            self._backups.answered(request_id)
+            self._backups.ended(request_id, again=not rows_to_blame)
             self._end_backup_of(request_id)
             if key is not None and self._shards.is_streamed(key):
                 attempt = self._board.finished(replica, key)
@@ -172,6 +175,9 @@ class Flights:
         for lost in self._board.replica_down(replica, kind, rows_to_blame=rows_to_blame, in_company=live.in_company):
             message = f"attempt {lost.attempts} of {self._max_attempts}, the last one, ended in {why.kind}"
             self._shards.settle(lost.key, Outcome(failed("", kind, message), lost.attempts))
+        if self._board.has_suspects:  # each is to run in the company that the board knows of
+            for original_id in self._backups.originals():
+                self._end_backup_of(original_id)
         self.send_all()
 
     def polled(self, replica: str, poll: Poll) -> None:
@@ -180,7 +186,6 @@ class Flights:
         if live is None:
             return
         live.in_company = poll.in_company
-        live.num_running, live.num_waiting = poll.num_running, poll.num_waiting
         for piece in poll.pieces:
             if piece.request_id in self._sent:
                 self._shards.pass_on(self._sent[piece.request_id], piece)
@@ -189,7 +194,7 @@ class Flights:
             told = {result.request_id for result in results}
             results += tuple(returned(request_id) for request_id in live.sent - told)
         live.knows_us = True
-        self._receive(live, results)
+        self._receive(live, results, poll)
 
     def has_work(self, replica: str) -> bool:
         """See `Listener`."""
@@ -241,12 +246,13 @@ class Flights:
         if result.failure is None or result.failure.kind != RETURNED:
             self._losses.proven()
 
-    def _receive(self, live: LiveReplica, results: Sequence[RowResult]) -> None:
+    def _receive(self, live: LiveReplica, results: Sequence[RowResult], poll: Poll) -> None:
         had_work, num_done = bool(live.sent), 0
         for result in results:
             if result.request_id == self._proof_id:
                 self._take_proof(live, result)
-            backup = self._backups.answered(result.request_id)
+            was_returned = result.failure is not None and result.failure.kind == RETURNED
+            backup = self._backups.ended(result.request_id, again=was_returned)
             if backup is not None:
                 num_done += self._take_backup(live, backup, result)
             key = self._sent.pop(result.request_id, None)
@@ -254,6 +260,7 @@ class Flights:
                 live.sent.discard(result.request_id)
                 self._end_backup_of(result.request_id)
                 num_done += self._take(live, key, result)
+        live.note_load(poll.num_running, poll.num_waiting)
         now = time.monotonic()
         if had_work:
             live.speed.add(num_done, now - live.met_at)
@@ -296,34 +303,45 @@ class Flights:
             live = self._members[recall.replica]
             live.recalled_at = now
             self._link.recall(live.member, recall.count)
-        elif not self._begins_at_once:  # somebody may have been told a part of the first answer
-            self._back_up(list(loads))
+        elif self._may_back_up(now):
+            self._backed_up_at = now
+            self._back_up()
 
-    def _back_up(self, names: Sequence[str]) -> None:
-        """Begin the oldest rows of slow replicas once more at the fastest that has nothing else to do."""
-        places = faster_places({name: self._members[name].place for name in names})
-        if not places:
-            return
-        receiver = next(iter(places.values()))
-        live = self._members[receiver]
-        requests = []
-        for _, original_id, giver in heapq.nsmallest(live.place.free, self._may_have_backups(list(places))):
+    def _may_back_up(self, now: float) -> bool:
+        """Not where somebody may have been told a part of the first answer; nor while rows are on their way back."""
+        if self._begins_at_once or self._max_attempts == 1 or now - self._backed_up_at < BACKUP_INTERVAL_S:
+            return False
+        return all(now - live.recalled_at >= RECALL_PATIENCE_S for live in self._members.values())
+
+    def _back_up(self) -> None:
+        """Begin the oldest rows of slow replicas once more at faster ones that have sequences free.
+
+        With a lower priority, so that no row goes to wait behind one that is being done already.
+        """
+        places = {
+            name: live.place if self._board.takes_work(name) else replace(live.place, free=0)
+            for name, live in self._members.items()
+            if not self._board.is_reserved(name)
+        }
+        requests: dict[str, list[Request]] = defaultdict(list)
+        for original_id, giver, receiver in choose_backups(self._may_have_backups(slow_places(places)), places):
             key = self._sent[original_id]
             request = self._shards.request(key)
-            if request is not None:
+            if request is not None and request.sampling.n == 1:
                 self._num_sent += 1
                 request_id = f"{self._link.consumer}/{self._num_sent}"
                 self._backups.add(Backup(key, original_id, giver, request_id, receiver))
-                live.sent.add(request_id)
-                requests.append(replace(request, request_id=request_id))
-        if requests:
-            self._link.submit(live.member, requests)
+                self._members[receiver].sent.add(request_id)
+                requests[receiver].append(replace(request, request_id=request_id, priority=request.priority + 1))
+        for receiver, batch in requests.items():
+            self._link.submit(self._members[receiver].member, batch)
 
     def _may_have_backups(self, givers: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-        """Requests in flight at these replicas, with their age (the n-th that was sent) and their replica."""
+        """Requests in flight at these replicas that have hurt no engine: age (the n-th that was sent), id, replica."""
         for name in givers:
             for request_id in self._members[name].sent:
-                if request_id in self._sent and self._backups.may_have(request_id):
+                key = self._sent.get(request_id)
+                if key is not None and self._backups.may_have(request_id) and self._board.is_blameless(name, key):
                     yield int(request_id.rpartition("/")[2]), request_id, name
 
     def _take_backup(self, live: LiveReplica, backup: Backup, result: RowResult) -> bool:

@@ -33,6 +33,8 @@ class LiveReplica:
     num_running: int = 0
     num_waiting: int = 0
     """What it was last seen with, everybody's."""
+    num_of_others: int = 0
+    """Of these, what wasn't ours."""
 
     def load(self, now: float) -> Load:
         """What may be called back from here, or begin here, so soon after the last recall."""
@@ -43,12 +45,16 @@ class LiveReplica:
         return Load(len(self.sent), info.max_num_seqs, 0 if patient else spare, self.speed.rate)
 
     def note_pace(self, result: RowResult) -> None:
-        """Take in how long its engine took for a row."""
-        tokens = sum(sample.num_generated_tokens for sample in result.samples)
-        self.pace.add(tokens, result.timing.total_s - result.timing.queue_s)
+        """Take in how long its engine took for a row; several samples at once tell nothing of one."""
+        if len(result.samples) == 1:
+            self.pace.add(result.samples[0].num_generated_tokens, result.timing.total_s - result.timing.queue_s)
+
+    def note_load(self, num_running: int, num_waiting: int) -> None:
+        """Take in what it was seen with, once our answers are taken off."""
+        self.num_running, self.num_waiting = num_running, num_waiting
+        self.num_of_others = max(0, num_running + num_waiting - len(self.sent))
 
     @property
     def place(self) -> Place:
-        """What others may begin here once more."""
-        taken = max(len(self.sent), self.num_running + self.num_waiting)
-        return Place(self.member.info.max_num_seqs - taken, self.pace.pace)
+        """What rows of others may begin here once more."""
+        return Place(self.member.info.max_num_seqs - len(self.sent) - self.num_of_others, self.pace.pace)

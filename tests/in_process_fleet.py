@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +52,13 @@ class InProcessFleet:
         before = self._membership
         members = {other: member for other, member in before.members.items() if other != name}
         self._membership = Membership(before.version + 1, members, {name: Departure(kind)})
+        self._changed.set()
+
+    def drain(self, name: str) -> None:
+        """The replica is to get nothing more."""
+        before = self._membership
+        members = before.members | {name: replace(before.members[name], draining=True)}
+        self._membership = Membership(before.version + 1, members)
         self._changed.set()
 
     def num_begun(self, name: str) -> int:

@@ -18,14 +18,13 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.balance import Load, PaceMeter, Place, SpeedMeter, choose_recall, faster_places
+from pipeline.balance import Load, PaceMeter, Place, SpeedMeter, choose_backups, choose_recall, slow_places
 from pipeline.dispatch import DispatchBoard
-from pipeline.flights import RECALL_INTERVAL_S, WINDOW_FACTOR
+from pipeline.flights import BACKUP_INTERVAL_S, RECALL_INTERVAL_S, WINDOW_FACTOR
 from pipeline.fresh_rows import prompt_bytes
 
 POLL_S = 0.05
@@ -70,6 +69,7 @@ class Simulation:
         self._now = 0.0
         self._next_row = 0
         self._balanced_at = 0.0
+        self._backed_up_at = 0.0
         self._num_running = 0
         self._busy_s = 0.0
         """Sequence-seconds until the input ran dry."""
@@ -209,26 +209,30 @@ class Simulation:
         if recall is not None:
             for _ in range(recall.count):
                 self._board.returned(recall.replica, self._replicas[recall.replica].waiting.pop())
-        places = faster_places({} if recall is not None else self._places())
         self.decision_s += time.perf_counter() - began
-        self._back_up(places)
+        if recall is None and self._now - self._backed_up_at >= BACKUP_INTERVAL_S:
+            self._backed_up_at = self._now
+            self._back_up()
         self._send()
 
-    def _places(self) -> dict[str, Place]:
-        return {
+    def _back_up(self) -> None:
+        """As `pipeline.flights` does."""
+        began = time.perf_counter()
+        places = {
             name: Place(self._sequences - len(r.running) - len(r.waiting), r.pace.pace)
             for name, r in self._replicas.items()
         }
-
-    def _back_up(self, places: Mapping[str, str]) -> None:
-        """As `pipeline.flights` does."""
-        for receiver in dict.fromkeys(places.values()):
-            free = self._places()[receiver].free
-            begun = [(at, row, name) for name in places for row, at in self._replicas[name].running.items()]
-            fresh = (each for each in begun if each[1] not in self._backups)
-            for _, row, name in heapq.nsmallest(free, fresh):
-                self._backups[row] = (name, receiver)
-                self._begin(receiver, self._replicas[receiver], row)
+        begun = (
+            (round(1000 * at), str(row), name)
+            for name in slow_places(places)
+            for row, at in self._replicas[name].running.items()
+            if row not in self._backups
+        )
+        chosen = choose_backups(begun, places)
+        self.decision_s += time.perf_counter() - began
+        for row, giver, receiver in chosen:
+            self._backups[int(row)] = (giver, receiver)
+            self._begin(receiver, self._replicas[receiver], int(row))
 
     def _figures(self) -> dict[str, float]:
         wall, dry = self.done_at[-1], self._dry_at or self.done_at[-1]
