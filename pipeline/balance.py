@@ -2,7 +2,7 @@
 
 A replica holds about twice what it can run at once, so that it never waits for us. When the input runs dry, that store
 is the tail of the run: on a replica three times slower than its neighbour it lasts three times as long. What the slow
-one hasn't begun is called back. What it has begun is begun once more at a fast one that has nothing else to do, and the
+one hasn't begun is called back. What it has begun is begun once more at a fast one that has sequences free, and the
 first answer counts: MapReduce's backup tasks (Dean and Ghemawat 2004, section 3.6).
 """
 
@@ -92,7 +92,10 @@ class Place:
 
 
 def slow_places(places: Mapping[str, Place]) -> list[str]:
-    """Replicas whose begun rows had better begin once more elsewhere, where there is room now."""
+    """Replicas whose begun rows had better begin once more elsewhere, where there is room now.
+
+    One that has finished nothing has no pace, and is not relieved.
+    """
     paces = {name: place.pace for name, place in places.items() if place.pace}
     free = [pace for name, pace in paces.items() if places[name].free > 0]
     return [name for name, pace in paces.items() if free and max(free) >= BACKUP_SPEEDUP * pace]

@@ -12,21 +12,29 @@ from pathlib import Path
 import pytest
 
 from jobs.lean_ray import without_data_actors
-from jobs.ray_session import ray_session
+from jobs.ray_session import QUIET, ray_session
 from pipeline.errors import InfrastructureError
 from tests.whole_runs import make_job, run_scripted, write_prompts
 
 SCRIPT = """
+import gc
 import json
+import os
 import stat
 from pathlib import Path
 import psutil
-from jobs.ray_session import ray_session
+from jobs.ray_session import QUIET, ray_session
 
 def commands():
     return " ".join(part for child in psutil.Process().children(recursive=True) for part in child.cmdline())
 
+def told():
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    return [name for raylet in raylets for name in QUIET if raylet.environ().get(name) == QUIET[name]]
+
 if __name__ == "__main__":
+    usual = gc.get_threshold()
+    gc.set_threshold(100_000, 20, 100)
     with ray_session():
         import ray
         from ray._raylet import AuthenticationMode, get_authentication_mode
@@ -36,6 +44,8 @@ if __name__ == "__main__":
                  "private": not stat.S_IMODE((Path.home() / ".ray" / "auth_token").stat().st_mode) & 0o077,
                  "kept": ray.get_runtime_context().gcs_address == address,
                  "idle": [name for name in ("dashboard.py", "monitor.py") if name in commands()],
+                 "collects": gc.get_threshold() == usual, "told": told(),
+                 "left": [name for name in QUIET if name in os.environ],
                  "cpus": ray.cluster_resources()["CPU"]}
     print(json.dumps(facts | {"gone": not ray.is_initialized()}))
 """
@@ -49,6 +59,9 @@ def test_a_ray_session_is_its_own_quiet_authenticated_and_gone_afterwards(tmp_pa
     )
     facts = json.loads(done.stdout)
     assert facts.pop("cpus") >= 4
+    assert facts.pop("collects")
+    assert facts.pop("left") == []
+    assert facts.pop("told") == list(QUIET)
     assert facts == {"token": True, "private": True, "kept": True, "idle": [], "gone": True}
     assert done.stderr == ""
 
